@@ -179,8 +179,10 @@ def _read_dataset(identifier: str) -> list[str]:
     return [text for text in rows["text"] if text]
 
 
-_HIDDEN = frozenset("script style head template".split())
-_INLINE = frozenset("a b i em strong code span tt sub sup small u".split())
+_HIDDEN = frozenset(["script", "style", "head", "template"])
+_INLINE = frozenset(
+    ["a", "b", "i", "em", "strong", "code", "span", "tt", "sub", "sup", "small", "u"]
+)
 
 
 class _TextOf(html.parser.HTMLParser):
