@@ -1,0 +1,12 @@
+// How kernels are started and name their dynamic shared memory. The same sources run on a GPU and
+// under tests/cpp/cuda_emulator, which brings its own two macros.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#ifndef DIJIANG_CUDA_EMULATION
+#define DIJIANG_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  kernel<<<(grid), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__)
+
+#define DIJIANG_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+#endif
