@@ -1,0 +1,115 @@
+// Small dense products for tiles that lie in cache: C (rows x cols) += A B with run-time sizes.
+// A is read through two strides, so that A^T is as good as A; B^T is turned a panel at a time.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+#if DIJIANG_ISA_LEVEL == 4
+inline constexpr int kGemmRows = 12;
+#else
+inline constexpr int kGemmRows = 6;  // 12 sums, 2 of B and 1 of A fill 16 registers
+#endif
+template <typename T>
+inline constexpr int kGemmCols = 2 * kLanes<T>;
+
+// C (R x kGemmCols) += A B. A[i, p] = a[i * a_row + p * a_depth].
+template <int R, typename T>
+DIJIANG_INLINE void gemm_block(int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                               const T* b, int64_t b_row, T* c, int64_t c_row) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[R][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    sum[i][0] = load(c + i * c_row);
+    sum[i][1] = load(c + i * c_row + L);
+  }
+  for (int64_t p = 0; p < depth; ++p) {
+    const Vec<T> b0 = load(b + p * b_row), b1 = load(b + p * b_row + L);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Vec<T> ai = broadcast(a[i * a_row + p * a_depth]);
+      sum[i][0] = multiply_add(ai, b0, sum[i][0]);
+      sum[i][1] = multiply_add(ai, b1, sum[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    store(c + i * c_row, sum[i][0]);
+    store(c + i * c_row + L, sum[i][1]);
+  }
+}
+
+// All rows of one panel of kGemmCols columns.
+template <typename T>
+inline void gemm_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                       const T* b, int64_t b_row, T* c, int64_t c_row) {
+  int64_t i = 0;
+  for (; i + kGemmRows <= rows; i += kGemmRows) {
+    gemm_block<kGemmRows>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+  }
+  for (; i + 4 <= rows; i += 4) {
+    gemm_block<4>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+  }
+  for (; i + 2 <= rows; i += 2) {
+    gemm_block<2>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+  }
+  for (; i < rows; ++i) {
+    gemm_block<1>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+  }
+}
+
+enum class Operand { kPlain, kTransposed };
+
+// C (rows x cols, row stride c_row) += op(A) op(B). Plain A is (rows x depth), transposed A is
+// stored (depth x rows); plain B is (depth x cols), transposed B is stored (cols x depth).
+template <Operand kA, Operand kB, typename T>
+void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
+          int64_t b_stride, T* c, int64_t c_stride) {
+  constexpr int64_t kDepth = 256;  // a turned panel of B stays in the first-level cache
+  constexpr int N = kGemmCols<T>;
+  const int64_t a_row = kA == Operand::kPlain ? a_stride : 1;
+  const int64_t a_depth = kA == Operand::kPlain ? 1 : a_stride;
+  alignas(64) T panel[kDepth * N];
+  for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
+    const int64_t dp = depth - p0 < kDepth ? depth - p0 : kDepth;
+    const T* ap = a + p0 * a_depth;
+    for (int64_t j = 0; j < cols; j += N) {
+      const int64_t n = cols - j < N ? cols - j : N;
+      const T* bp = panel;
+      int64_t b_row = N;
+      if constexpr (kB == Operand::kTransposed) {
+        for (int64_t jj = 0; jj < N; ++jj) {
+          const T* source = b + (j + jj) * b_stride + p0;
+          for (int64_t p = 0; p < dp; ++p) panel[p * N + jj] = jj < n ? source[p] : T(0);
+        }
+      } else if (n == N) {
+        bp = b + p0 * b_stride + j;
+        b_row = b_stride;
+      } else {
+        for (int64_t p = 0; p < dp; ++p) {
+          for (int64_t jj = 0; jj < N; ++jj) {
+            panel[p * N + jj] = jj < n ? b[(p0 + p) * b_stride + j + jj] : T(0);
+          }
+        }
+      }
+      if (n == N) {
+        gemm_panel(rows, dp, ap, a_row, a_depth, bp, b_row, c + j, c_stride);
+        continue;
+      }
+      // Too narrow for whole vectors: through a strip of its own, a few rows at a time.
+      alignas(64) T strip[kGemmRows * N];
+      for (int64_t i = 0; i < rows; i += kGemmRows) {
+        const int64_t r = rows - i < kGemmRows ? rows - i : kGemmRows;
+        for (int64_t x = 0; x < r * N; ++x) strip[x] = T(0);
+        gemm_panel(r, dp, ap + i * a_row, a_row, a_depth, bp, b_row, strip, int64_t{N});
+        for (int64_t ii = 0; ii < r; ++ii) {
+          for (int64_t jj = 0; jj < n; ++jj) c[(i + ii) * c_stride + j + jj] += strip[ii * N + jj];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dijiang::cpu::DIJIANG_ISA

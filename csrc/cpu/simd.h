@@ -1,0 +1,231 @@
+// Vectors of the widest kind the target has, 2^x with an exact change of scale, and the processor
+// mode the kernels run in.
+#pragma once
+
+#include "cpu/isa.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+#if DIJIANG_ISA_LEVEL == 4
+inline constexpr int kVectorBytes = 64;
+#elif DIJIANG_ISA_LEVEL == 3
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VecOf {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef Bits bits __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+template <typename T>
+inline constexpr int kLanes = kVectorBytes / sizeof(T);
+
+#define DIJIANG_INLINE [[gnu::always_inline]] inline
+
+template <typename T>
+DIJIANG_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
+template <typename T>
+DIJIANG_INLINE void store(T* p, Vec<T> x) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = x;
+}
+template <typename T>
+DIJIANG_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+// max and min keep a: a NaN in b is passed over, a NaN in a stays.
+template <typename V>
+DIJIANG_INLINE V max(V a, V b) {
+  return b > a ? b : a;
+}
+template <typename V>
+DIJIANG_INLINE V min(V a, V b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+DIJIANG_INLINE T horizontal_sum(Vec<T> x) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+}
+template <typename T>
+DIJIANG_INLINE T horizontal_max(Vec<T> x) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int i = 1; i < kLanes<T>; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+
+// a b + c in one rounding where the target can.
+template <typename V>
+DIJIANG_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;  // contracted by -ffp-contract=fast
+}
+
+DIJIANG_INLINE Vec<float> round_even(Vec<float> x) {
+#if DIJIANG_ISA_LEVEL == 4
+  return (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif DIJIANG_ISA_LEVEL == 3
+  return (Vec<float>)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  // Beyond 2^23 every float is whole.
+  const Vec<float> magic = broadcast(8388608.0f);
+  const Vec<float> up = (x + magic) - magic, down = (x - magic) + magic;
+  const Vec<float> r = x < 0 ? down : up;
+  return (x < magic) & (x > -magic) ? r : x;
+#endif
+}
+DIJIANG_INLINE Vec<double> round_even(Vec<double> x) {
+#if DIJIANG_ISA_LEVEL == 4
+  return (Vec<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+#elif DIJIANG_ISA_LEVEL == 3
+  return (Vec<double>)_mm256_round_pd((__m256d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec<double> magic = broadcast(4503599627370496.0);
+  const Vec<double> up = (x + magic) - magic, down = (x - magic) + magic;
+  const Vec<double> r = x < 0 ? down : up;
+  return (x < magic) & (x > -magic) ? r : x;
+#endif
+}
+
+// 2^f for |f| <= 1/2 by its Taylor series; the first term left out is below half a unit in the
+// last place. 2^0 is exactly 1.
+DIJIANG_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+  Vec<float> p = broadcast(1.5252733804e-5f);
+  p = multiply_add(p, f, broadcast(1.5403530393e-4f));
+  p = multiply_add(p, f, broadcast(1.3333558146e-3f));
+  p = multiply_add(p, f, broadcast(9.6181291076e-3f));
+  p = multiply_add(p, f, broadcast(5.5504108665e-2f));
+  p = multiply_add(p, f, broadcast(2.4022650696e-1f));
+  p = multiply_add(p, f, broadcast(6.9314718056e-1f));
+  return multiply_add(p, f, broadcast(1.0f));
+}
+DIJIANG_INLINE Vec<double> exp2_fraction(Vec<double> f) {
+  Vec<double> p = broadcast(1.3691488853904128e-12);
+  p = multiply_add(p, f, broadcast(2.5678435993488206e-11));
+  p = multiply_add(p, f, broadcast(4.4455382718708116e-10));
+  p = multiply_add(p, f, broadcast(7.0549116208011231e-9));
+  p = multiply_add(p, f, broadcast(1.0178086009239699e-7));
+  p = multiply_add(p, f, broadcast(1.3215486790144307e-6));
+  p = multiply_add(p, f, broadcast(1.5252733804059841e-5));
+  p = multiply_add(p, f, broadcast(1.5403530393381609e-4));
+  p = multiply_add(p, f, broadcast(1.3333558146428443e-3));
+  p = multiply_add(p, f, broadcast(9.6181291076284772e-3));
+  p = multiply_add(p, f, broadcast(5.5504108664821580e-2));
+  p = multiply_add(p, f, broadcast(2.4022650695910071e-1));
+  p = multiply_add(p, f, broadcast(6.9314718055994531e-1));
+  return multiply_add(p, f, broadcast(1.0));
+}
+
+template <typename T>
+inline constexpr int kExponentBias = sizeof(T) == 4 ? 127 : 1023;
+
+// 2^n for whole n, 0 from the first subnormal on, the largest power of two above the range.
+template <typename T>
+DIJIANG_INLINE Vec<T> power_of_two(Vec<T> n) {
+  constexpr int kBias = kExponentBias<T>;
+  constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
+  n = max(broadcast(T(-kBias)), min(broadcast(T(kBias)), n));
+  // The sum's low mantissa bits hold n + bias: shifted up they are the exponent field.
+  const Vec<T> magic = broadcast(T(1.5) * T(int64_t{1} << kMantissaBits) + T(kBias));
+  typename VecOf<T>::bits bits;
+  const Vec<T> sum = n + magic;
+  std::memcpy(&bits, &sum, sizeof(bits));
+  bits <<= kMantissaBits;
+  Vec<T> result;
+  std::memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+
+// 2^(x + shift) for finite x and whole shift: a change of shift scales the result by an exact
+// power of two. NaN in x stays NaN.
+template <typename T>
+DIJIANG_INLINE Vec<T> exp2_scaled(Vec<T> x, Vec<T> shift) {
+  const Vec<T> n = round_even(x);
+  return exp2_fraction(x - n) * power_of_two<T>(n + shift);
+}
+
+// x 2^n for whole n, in two steps, so that the whole range of T can be crossed.
+template <typename T>
+DIJIANG_INLINE Vec<T> scale_by(Vec<T> x, Vec<T> n) {
+  const Vec<T> limit = broadcast(T(kExponentBias<T> - 1));
+  const Vec<T> first = max(-limit, min(limit, n));
+  return x * power_of_two<T>(first) * power_of_two<T>(n - first);
+}
+
+// The binary exponent e of x, 2^(e-1) <= |x| < 2^e, rounded up as docs/numerics.md rounds maxima;
+// `zero` for x = 0 and subnormal x.
+template <typename T>
+DIJIANG_INLINE Vec<T> exponent_of(Vec<T> x, T zero) {
+  constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
+  using Bits = typename VecOf<T>::Bits;
+  typename VecOf<T>::bits bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits = (bits >> kMantissaBits) & Bits(2 * kExponentBias<T> + 1);
+  // As in power_of_two, the other way round: small whole numbers become T through the mantissa.
+  const Vec<T> magic = broadcast(T(int64_t{1} << kMantissaBits));
+  typename VecOf<T>::bits magic_bits;
+  std::memcpy(&magic_bits, &magic, sizeof(bits));
+  bits |= magic_bits;
+  Vec<T> biased;
+  std::memcpy(&biased, &bits, sizeof(bits));
+  biased -= magic;
+  return biased > 0 ? biased - T(kExponentBias<T> - 1) : broadcast(zero);
+}
+
+template <typename T>
+DIJIANG_INLINE Vec<T> ceil_of(Vec<T> x) {
+  const Vec<T> r = round_even(x);
+  return r < x ? r + T(1) : r;
+}
+
+// One number at a time, by the same code.
+template <typename T>
+DIJIANG_INLINE T exp2_scaled_one(T x, T shift) {
+  return exp2_scaled<T>(broadcast(x), broadcast(shift))[0];
+}
+template <typename T>
+DIJIANG_INLINE T scale_by_one(T x, T n) {
+  return scale_by<T>(broadcast(x), broadcast(n))[0];
+}
+template <typename T>
+DIJIANG_INLINE T exponent_of_one(T x, T zero) {
+  return exponent_of<T>(broadcast(x), zero)[0];
+}
+
+// Subnormal numbers count as zero while an object of this type lives: exponents far apart are the
+// rule here, and subnormal arithmetic is many times slower.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushSubnormals() : saved_(__builtin_aarch64_get_fpcr()) {
+    __builtin_aarch64_set_fpcr(saved_ | (1u << 24));
+  }
+  ~FlushSubnormals() { __builtin_aarch64_set_fpcr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA
