@@ -132,8 +132,10 @@ void linear_attention_backward(const LinearAttentionBackwardParams& params, int6
 void linear_attention_backward_finish(const LinearAttentionBackwardParams& params);
 
 // One token a sequence (seqlen = 1, segments null): reads and writes `final` in place, ignores
-// `initial`. The state must exist (kv, and length when window or sinks are set).
+// `initial`. The state must exist (kv, and length when window or sinks are set). Every kv head of a
+// sequence reads final.length, so only the finish, after all tasks, adds 1 to it.
 void linear_attention_update(const LinearAttentionParams& params, int64_t begin, int64_t end);
+void linear_attention_update_finish(const LinearAttentionParams& params);
 
 }  // namespace cpu
 }  // namespace dijiang
