@@ -1,0 +1,158 @@
+"""Text sources, the split by document, packing, and what is said when there is too little."""
+
+import gzip
+import sys
+import types
+
+import pytest
+import torch
+from dijiang import data
+from tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def sentences(seed: int, count: int = 40) -> str:
+    return "\n\n".join(
+        f"Paragraph {i} of document {seed} says {i * seed + 7}." for i in range(count)
+    )
+
+
+def test_default_is_pythons_own_text():
+    corpus = data.load_text()
+    train, held = corpus.characters
+    assert corpus.name == "pydoc_data.topics"
+    assert train > 200_000
+    assert 0.05 * (train + held) < held < 0.15 * (train + held)
+    assert data.load_text("pydoc") == corpus
+
+
+def test_split_is_deterministic_and_by_whole_documents(tmp_path):
+    texts = [sentences(seed) for seed in range(1, 21)]
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index:02}.txt").write_text(text)
+    corpus = data.load_text(tmp_path)
+    assert corpus == data.load_text(tmp_path)
+    assert sorted(corpus.train + corpus.held_out) == sorted(texts)
+    assert len(corpus.held_out) == 2
+    # Names do not matter: the same texts under others are split the same way.
+    other = tmp_path / "other"
+    other.mkdir()
+    for index, text in enumerate(reversed(texts)):
+        (other / f"x{index:02}.md").write_text(text)
+    assert set(data.load_text(other).held_out) == set(corpus.held_out)
+
+
+def test_no_held_out_paragraph_is_trained_on(tmp_path):
+    shared = "This very paragraph stands in each of the documents, with one blank too many."
+    for index in range(10):
+        (tmp_path / f"{index}.txt").write_text(sentences(index + 1) + "\n\n" + shared)
+    corpus = data.load_text(tmp_path)
+    assert any(shared in text for text in corpus.held_out)
+    assert not any(shared in text for text in corpus.train)
+    spaced = data._without_shared_paragraphs([shared.replace(" ", "\n")], [shared])
+    assert spaced == []
+
+
+def test_python_topics_share_no_paragraph():
+    corpus = data.load_text()
+    held = {" ".join(p.split()) for text in corpus.held_out for p in data._paragraphs(text)}
+    train = {" ".join(p.split()) for text in corpus.train for p in data._paragraphs(text)}
+    assert not {p for p in held & train if len(p) >= 40}
+
+
+def test_one_file_keeps_its_end_for_measuring(tmp_path):
+    path = tmp_path / "book.txt"
+    text = sentences(3, 100)
+    path.write_text(text)
+    corpus = data.load_text(path)
+    assert len(corpus.train) == len(corpus.held_out) == 1
+    assert text.startswith(corpus.train[0].strip()) and text.endswith(corpus.held_out[0].strip())
+    assert 0.05 < len(corpus.held_out[0]) / len(text) < 0.15
+
+
+def test_kinds_of_files(tmp_path):
+    page = (
+        "<html><head><title>T</title><style>p {}</style></head><body><p>One &amp; two\n  <b>three"
+        "</b>.</p><script>var x;</script><p>Four<br>five</p></body></html>"
+    )
+    (tmp_path / "a.html").write_text(page)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"Packed text."))
+    (tmp_path / "c.md").write_text("# Title")
+    (tmp_path / "d.py").write_text("ignored = True")
+    documents = data._read_folder(tmp_path)
+    assert documents == ["One & two three.\n\nFour\nfive", "Packed text.", "# Title"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", r"notes\.txt: no text in it \(0 characters\)"), (b"ab\0cd", "binary data")],
+)
+def test_unusable_files(tmp_path, content, message):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.load_text(path)
+
+
+def test_missing_file_and_empty_folder(tmp_path):
+    with pytest.raises(data.DataError, match=r"gone\.txt: no such file or folder"):
+        data.load_text(tmp_path / "gone.txt")
+    with pytest.raises(data.DataError, match=r"no text files in it \(0 files"):
+        data.load_text(tmp_path)
+    (tmp_path / "bad.txt.gz").write_bytes(b"not gzip")
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.load_text(tmp_path)
+    with pytest.raises(data.DataError, match="between 0 and 1"):
+        data.load_text(held_out=1.0)
+
+
+def test_one_word_cannot_be_split(tmp_path):
+    path = tmp_path / "word.txt"
+    path.write_text("word")
+    with pytest.raises(data.DataError, match=r"too little text.*1 documents, 4 characters"):
+        data.load_text(path)
+
+
+def test_dataset_id_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(data.DataError, match="pip install datasets"):
+        data.load_text("someone/something")
+
+
+def test_dataset_id(monkeypatch):
+    class Rows(dict):
+        column_names = ("text",)
+
+    def load_dataset(name, config, split):
+        assert (name, config, split) == ("someone/something", "small", "train")
+        return Rows(text=[sentences(seed) for seed in range(10)] + [""])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    corpus = data.load_text("someone/something:small")
+    assert len(corpus.train) + len(corpus.held_out) == 10
+    Rows.column_names = ("label",)
+    with pytest.raises(data.DataError, match="no column 'text', only label"):
+        data.load_text("someone/something:small")
+
+
+def test_pack_keeps_the_stream(tokenizer):
+    documents = [sentences(1), sentences(2)]
+    stream = data.tokenize(documents, tokenizer)
+    blocks = data.pack(documents, tokenizer, 64)
+    assert blocks.dtype == torch.int64
+    assert blocks.shape == (stream.numel() // 64, 64)
+    assert torch.equal(blocks.flatten(), stream[: blocks.numel()])
+    assert tokenizer.decode(blocks.flatten()[:40]) == tokenizer.decode(stream[:40])
+    assert data.pack(documents, tokenizer, 64, blocks=2).shape == (2, 64)
+
+
+def test_pack_too_short(tokenizer):
+    count = data.tokenize(["short"], tokenizer).numel()
+    with pytest.raises(data.DataError, match=f"mine: too short, {count} tokens where one block"):
+        data.pack(["short"], tokenizer, 4096, name="mine")
+    with pytest.raises(data.DataError, match="at least 2 tokens, got 1"):
+        data.pack(["short"], tokenizer, 1)
