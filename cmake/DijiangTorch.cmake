@@ -55,5 +55,6 @@ function(dijiang_add_ops_library name)
   target_include_directories(${name} PUBLIC
     $<BUILD_INTERFACE:${CMAKE_CURRENT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:include>)
   target_link_libraries(${name} PRIVATE $<BUILD_INTERFACE:dijiang_core>)
-  set_target_properties(${name} PROPERTIES PREFIX "" BUILD_RPATH ${DIJIANG_TORCH_DIR}/lib)
+  set_target_properties(${name} PROPERTIES PREFIX "" CXX_VISIBILITY_PRESET hidden
+    BUILD_RPATH ${DIJIANG_TORCH_DIR}/lib)
 endfunction()

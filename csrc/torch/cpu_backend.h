@@ -1,0 +1,76 @@
+// The CPU kernels over torch's thread pool: tasks are independent, each thread takes a range.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "dijiang/core/dct.h"
+#include "dijiang/core/feature_map.h"
+#include "dijiang/core/linear_attention.h"
+#include "torch/tensor.h"
+
+namespace dijiang::binding {
+
+struct CpuBackend {
+  static void dct(const DctParams& p, const Tensor&) {
+    const int64_t rows = p.batch * p.heads * p.seqlen;
+    // Rows are short: a thread is worth waking for some tens of thousands of elements.
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.n));
+    torch::stable::parallel_for(0, rows, grain,
+                                [&](int64_t begin, int64_t end) { cpu::dct(p, begin, end); });
+  }
+
+  static void feature_map_forward(const FeatureMapParams& p, const Tensor&) {
+    over_tasks(cpu::feature_map_num_tasks(p),
+               [&](int64_t begin, int64_t end) { cpu::feature_map_forward(p, begin, end); });
+  }
+
+  static void feature_map_backward(FeatureMapBackwardParams& p, const Tensor& like) {
+    const Tensor workspace = new_workspace(like, cpu::feature_map_backward_workspace(p));
+    p.workspace = data_of(workspace);
+    over_tasks(cpu::feature_map_num_tasks(p.forward),
+               [&](int64_t begin, int64_t end) { cpu::feature_map_backward(p, begin, end); });
+    cpu::feature_map_backward_finish(p);
+  }
+
+  static void attention_forward(const LinearAttentionParams& p, const Tensor&) {
+    over_tasks(cpu::linear_attention_num_tasks(p),
+               [&](int64_t begin, int64_t end) { cpu::linear_attention_forward(p, begin, end); });
+  }
+
+  static void attention_backward(LinearAttentionBackwardParams& p, const Tensor& like) {
+    const Tensor workspace = new_workspace(like, cpu::linear_attention_backward_workspace(p));
+    p.workspace = data_of(workspace);
+    over_tasks(cpu::linear_attention_num_tasks(p.forward),
+               [&](int64_t begin, int64_t end) { cpu::linear_attention_backward(p, begin, end); });
+    cpu::linear_attention_backward_finish(p);
+  }
+
+  static void attention_update(const LinearAttentionParams& p, const Tensor&) {
+    over_tasks(cpu::linear_attention_num_tasks(p),
+               [&](int64_t begin, int64_t end) { cpu::linear_attention_update(p, begin, end); });
+    cpu::linear_attention_update_finish(p);
+  }
+
+  // Values of segments: rows of (batch index, begin, end), in bounds and free of overlap.
+  static void check_segments(const Tensor& segments, int64_t batch, int64_t seqlen) {
+    const auto* rows = static_cast<const int32_t*>(segments.const_data_ptr());
+    std::vector<int32_t> end_of_row(batch, 0);
+    for (int64_t n = 0; n < segments.size(0); ++n) {
+      const int32_t row = rows[3 * n], begin = rows[3 * n + 1], end = rows[3 * n + 2];
+      check(row >= 0 && row < batch && begin >= 0 && begin <= end && end <= seqlen, "sequence ", n,
+            " is tokens [", begin, ", ", end, ") of row ", row, ", which must lie inside ", batch,
+            " rows of ", seqlen, " tokens");
+      check(begin >= end_of_row[row], "sequence ", n, " begins at token ", begin,
+            ", before the sequence ahead of it ends at ", end_of_row[row]);
+      end_of_row[row] = end;
+    }
+  }
+
+ private:
+  template <class F>
+  static void over_tasks(int64_t num_tasks, const F& run) {
+    torch::stable::parallel_for(0, num_tasks, 1, run);
+  }
+};
+
+}  // namespace dijiang::binding
