@@ -370,7 +370,8 @@ def _decay_far(far, log_decay):
     if log_decay is None:
         return far
     d = LOG2E * log_decay[:, None]
-    whole = d.detach().floor()
+    # Whichever whole number keeps z near 1, so that neither end of the range is ever reached.
+    whole = torch.where(z < 1, d.floor(), d.ceil()).detach()
     rest = torch.exp2(d - whole)
     return kv * rest[..., None], z * rest, log_scale + whole
 
