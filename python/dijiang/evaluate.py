@@ -156,7 +156,7 @@ def decode_speed(
     contexts = sorted(contexts)
     need = contexts[-1] + steps
     stream = tokens.repeat(-(-need // tokens.numel()))[:need]
-    caches = {name: _new_cache(model) for name, model in models.items()}
+    caches: dict = dict.fromkeys(models)  # None: a model makes its own at its first tokens
     read = 0
     points: dict[str, list[DecodePoint]] = {name: [] for name in models}
     work = len(models) * (contexts[-1] + steps)
@@ -187,6 +187,9 @@ def decode_speed(
                 _synchronize(model)
                 times[name].append(time.perf_counter() - begin)
         read += steps
+        done += steps * len(models)
+        if progress:
+            progress(done, work)
         for name in models:
             points[name].append(_decode_point(context, times[name], cache_bytes(caches[name])))
     return points
@@ -254,11 +257,6 @@ def _keeps_logits(model: nn.Module) -> bool:
 def _last_logits(model: nn.Module, ids: torch.Tensor, count: int) -> torch.Tensor:
     options = {"logits_to_keep": count} if _keeps_logits(model) else {}
     return model(input_ids=ids, use_cache=False, **options).logits[:, -count:]
-
-
-def _new_cache(model: nn.Module):
-    """The cache a model would make for itself in `generate`."""
-    return None
 
 
 def _step(model: nn.Module, ids: torch.Tensor, cache):

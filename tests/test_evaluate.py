@@ -1,0 +1,146 @@
+"""Perplexity, recall, decoding speed and cache size, against what can be worked out by hand."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from dijiang import data, evaluate
+from tiny import tiny_model, tiny_tokenizer
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_model(vocab_size=len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def prose(tokenizer):
+    return data.tokenize(data.load_text().held_out, tokenizer)
+
+
+class Counter(nn.Module):
+    """Predicts token + 1 with probability `sure`, the other tokens alike."""
+
+    def __init__(self, vocab: int, sure: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.vocab, self.sure = vocab, sure
+
+    def forward(self, input_ids, use_cache=False):
+        rest = (1 - self.sure) / (self.vocab - 1)
+        probabilities = torch.full((*input_ids.shape, self.vocab), rest)
+        probabilities.scatter_(-1, (input_ids + 1)[..., None] % self.vocab, self.sure)
+        return CausalLMOutputWithPast(logits=probabilities.log())
+
+
+def test_perplexity_by_hand():
+    blocks = torch.arange(10).repeat(3, 1)
+    result = evaluate.perplexity(Counter(16, 0.5), blocks)
+    assert result.perplexity == pytest.approx(2.0, rel=1e-6)
+    assert (result.length, result.tokens) == (10, 27)
+    assert result.standard_error == pytest.approx(0.0, abs=1e-6)
+    blocks[1] = 3  # every token after the first is one of the 15 others
+    result = evaluate.perplexity(Counter(16, 0.5), blocks)
+    losses = [math.log(2), math.log(30), math.log(2)]
+    assert result.loss == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert result.standard_error == pytest.approx((losses[1] - losses[0]) / 3, rel=1e-5)
+
+
+def test_perplexity_is_the_models_own_loss(model, prose):
+    blocks = data.cut(prose, 300, blocks=2)  # longer than one slice of the loss
+    expected = torch.stack([model(row[None], labels=row[None]).loss for row in blocks]).mean()
+    assert evaluate.perplexity(model, blocks).loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_perplexity_refuses_a_flat_stream(model, prose):
+    with pytest.raises(ValueError, match=r"must be \(windows, length >= 2\), got \(20,\)"):
+        evaluate.perplexity(model, prose[:20])
+
+
+def test_progress_reaches_the_end(model, tokenizer, prose):
+    seen = []
+    note = lambda done, total: seen.append((done, total))  # noqa: E731
+    evaluate.perplexity(model, data.cut(prose, 16, blocks=3), progress=note)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    evaluate.decode_speed({"a": model}, prose, [32], steps=2, prefill=16, progress=note)
+    assert seen[-1] == (34, 34)
+    seen.clear()
+    evaluate.pass_key_recall(model, tokenizer, prose, 16, trials=2, progress=note)
+    assert seen == [(1, 2), (2, 2)]
+
+
+class KeyReader(nn.Module):
+    """Answers with the tokens that followed the last ` ` + digit before the prose, if in reach."""
+
+    def __init__(self, tokenizer, reach: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.tokenizer, self.reach = tokenizer, reach
+
+    def forward(self, input_ids, use_cache=False):
+        text = self.tokenizer.decode(input_ids[0, -self.reach :])
+        keys = [word.strip(".") for word in text.split() if word.strip(".").isdigit()]
+        logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
+        # The answer itself is the last key in the text: only those before it may be read.
+        if len(keys) > 1:
+            answer = evaluate._ids(self.tokenizer, f" {keys[0]}")
+            logits[0, -answer.numel() - 1 : -1].scatter_(-1, answer[:, None], 50.0)
+        return CausalLMOutputWithPast(logits=logits)
+
+
+def test_recall_tells_who_remembers(tokenizer):
+    prose = data.tokenize(
+        ["And so it went on and on, with nothing to count in it. " * 40], tokenizer
+    )
+    far = evaluate.pass_key_recall(KeyReader(tokenizer, 10_000), tokenizer, prose, 100, trials=4)
+    near = evaluate.pass_key_recall(KeyReader(tokenizer, 64), tokenizer, prose, 100, trials=4)
+    assert (far.accuracy, far.distance, far.trials) == (1.0, 100, 4)
+    assert near.accuracy == 0.0
+    assert far.loss < 1e-3 < near.loss
+
+
+def test_recall_is_the_same_task_for_every_model(model, tokenizer, prose):
+    one = evaluate.pass_key_recall(model, tokenizer, prose, 50, trials=3, seed=5)
+    assert one == evaluate.pass_key_recall(model, tokenizer, prose, 50, trials=3, seed=5)
+    assert one.loss != evaluate.pass_key_recall(model, tokenizer, prose, 50, trials=3, seed=6).loss
+    with pytest.raises(ValueError, match="100000000 tokens of prose are wanted, the text has"):
+        evaluate.pass_key_recall(model, tokenizer, prose, 100_000_000)
+
+
+def test_decode_speed_counts_the_softmax_cache(model, prose):
+    points = evaluate.decode_speed({"a": model, "b": model}, prose[:40], [64, 128], steps=3)
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * 16 * 4
+    for rows in points.values():
+        assert [row.context for row in rows] == [64, 128]
+        # The steps' own tokens stand in the cache when it is measured.
+        assert [row.cache_bytes for row in rows] == [token * 67, token * 131]
+        for row in rows:
+            assert row.tokens_per_second == pytest.approx(1e3 / row.step_ms)
+            assert row.step_ms_low <= row.step_ms <= row.step_ms_high
+    json.dumps(dataclasses.asdict(points["a"][0]))
+
+
+def test_cache_bytes_counts_each_storage_once():
+    x = torch.zeros(10)
+    assert evaluate.cache_bytes({"a": x, "b": [x, x[:3]], "c": (torch.zeros(2),), "d": 3}) == 48
+
+
+def test_generate(model, tokenizer):
+    made = evaluate.generate(model, tokenizer, "The assert statement", max_new_tokens=8)
+    ids = tokenizer("The assert statement", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[0]
+    assert made.text == tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
+    assert made.tokens <= 8 and made.seconds > 0
+    with pytest.raises(ValueError, match="prompt is empty"):
+        evaluate.generate(model, tokenizer, "")
