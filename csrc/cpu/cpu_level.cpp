@@ -2,12 +2,15 @@
 
 namespace dijiang::cpu {
 
-const char* cpu_level() {
+int cpu_level() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
+                           : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                 : 1;
+  return level;
+#else
+  return 1;
 #endif
-  return "baseline";
 }
 
 }  // namespace dijiang::cpu

@@ -9,5 +9,5 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "dijiang's kernels on NumPy arrays, without torch";
   m.attr("__version__") = DIJIANG_VERSION;
   m.def("cpu_level", &dijiang::cpu::cpu_level,
-        "Instruction set in use: 'x86-64-v4', 'x86-64-v3' or 'baseline'.");
+        "The x86-64 level of the kernels in use: 4 (AVX-512), 3 (AVX2), or 1.");
 }
