@@ -8,9 +8,27 @@ __version__ = "0.1.0"
 
 # Everything is imported on first use: `import dijiang` alone loads neither torch nor the kernels.
 _MODULES = ("ops", "reference")
+_NAMES = {
+    "AttentionKernel": "modules",
+    "ConversionError": "conversion",
+    "DiJiangCache": "cache",
+    "DiJiangConfig": "config",
+    "FeatureMap": "features",
+    "KernelizedAttention": "modules",
+    "calibrate": "conversion",
+    "convert": "conversion",
+    "distill": "distillation",
+    "from_pretrained": "hub",
+    "is_converted": "conversion",
+    "load_base": "hub",
+    "restore": "conversion",
+    "softmax_mode": "conversion",
+}
 
 
 def __getattr__(name):
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

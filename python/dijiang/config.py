@@ -1,0 +1,202 @@
+"""What a model is converted to: one dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+FEATURE_MAPS = (
+    "prf", "pff", "wpff", "wdcf", "wdcf_pm", "learned", "learned_pm", "softmax", "elu",
+)  # fmt: skip
+_CHOICES = {
+    "feature_map": (None, *FEATURE_MAPS),
+    "radius": ("normal", "chi"),
+    "sampling": ("stratified", "iid"),
+    "init": ("identity", "dct"),
+    "decay": (None, "head", "token"),
+}
+
+
+@dataclass(frozen=True)
+class DiJiangConfig:
+    """How attention is kernelised: ``o_t = sum_s w_ts v_s / sum_s w_ts``.
+
+    Near keys (the first ``sinks`` tokens of a sequence, the query's block of ``window`` tokens and
+    the block before it) weigh ``exp(q.k scale)``; all others weigh ``phi(q).phi(k)``. The bare
+    defaults are the best found by measurement; :meth:`paper` is the method as its paper has it
+    (arXiv 2403.19928, eq. 9, 10, 12) and :meth:`published` as its published code has it.
+
+    Raises ValueError (TypeError for a wrong type), naming the field, what it may be and what it is.
+
+    >>> DiJiangConfig(window=128).window
+    128
+    >>> DiJiangConfig.paper().feature_map
+    'wdcf'
+    """
+
+    #: ``prf``, ``pff``, ``wpff``, ``wdcf``, ``wdcf_pm``, ``learned``, ``learned_pm``, ``softmax``,
+    #: ``elu`` (see FeatureMap); None: no far keys at all, window and sinks alone.
+    feature_map: str | None = "learned_pm"
+    #: Features a head. None: the head dimension, twice that for the ``_pm`` maps.
+    num_features: int | None = None
+    #: Distribution of the frequencies t: ``normal``, as in the paper, or ``chi``, for which the
+    #: estimate of exp(q.k) has no bias when directions are uniform.
+    radius: str = "normal"
+    #: Random signs before the DCT: its rows then spread as uniform directions do.
+    random_signs: bool = False
+    #: ``stratified``: u = (permutation + 1/2) / m; ``iid``: independent uniform u; t = F^-1(u).
+    sampling: str = "stratified"
+    #: What ``learned`` maps start from: ``identity`` or ``dct`` (with the frequencies t).
+    init: str = "identity"
+    #: Coefficient of -|x|^2 in log phi at the start. "auto": 1/2, the unbiased estimator, for
+    #: ``prf`` and ``pff``, else 0 (eq. 12).
+    beta: float | str = "auto"
+    #: Queries and keys use one set of features. Otherwise they start equal and learn apart.
+    share_qk: bool = False
+    window: int = 64
+    sinks: int = 4
+    #: Far keys kept exact for ever. Not implemented: anything but 0 is refused.
+    cache_size: int = 0
+    #: Log-weight of the far keys at the start. "auto": 0 without near keys; with them closed (the
+    #: far keys weigh nothing) until calibrated on text. See convert.
+    gate: float | str = "auto"
+    #: Forgetting of far keys: None, "head" (a constant a head), "token" (computed from the hidden
+    #: state, a token and head).
+    decay: str | None = None
+    #: Divide by the sum of weights. False is the paper's eq. 13.
+    normalize: bool = True
+    #: Group norm over the heads' outputs, then times silu(hidden W): what the published code puts
+    #: in the place of the denominator.
+    group_norm: bool = False
+    output_gate: bool = False
+    #: "all" or the indices of the layers to convert; the others keep softmax and a growing cache.
+    layers: str | tuple[int, ...] = "all"
+    #: Of everything random: permutations, signs, directions.
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"DiJiangConfig: {name} must be one of {_listed(allowed)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("random_signs", "share_qk", "normalize", "group_norm", "output_gate"):
+            _check_type(name, getattr(self, name), bool)
+        for name, least in (("window", 0), ("sinks", 0), ("cache_size", 0), ("seed", 0)):
+            _check_int(name, getattr(self, name), least)
+        if self.num_features is not None:
+            _check_int("num_features", self.num_features, 1)
+        for name in ("beta", "gate"):
+            value = getattr(self, name)
+            if value != "auto":
+                if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+                    raise TypeError(
+                        f"DiJiangConfig: {name} must be 'auto' or a number, got {value!r}"
+                    )
+                object.__setattr__(self, name, float(value))
+        self._check_layers()
+        if self.cache_size:
+            raise NotImplementedError(
+                f"DiJiangConfig: cache_size={self.cache_size} (hard keys kept exact) is not "
+                "implemented yet. Use cache_size=0, and a larger window to keep more keys exact"
+            )
+        if self.feature_map is None:
+            if not self.window and not self.sinks:
+                raise ValueError(
+                    "DiJiangConfig: feature_map=None leaves no key at all without a window or "
+                    "sinks. Give window=64, or a feature_map"
+                )
+            for name in ("decay", "num_features"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"DiJiangConfig: {name}={getattr(self, name)!r} is about far keys, and "
+                        "feature_map=None has none"
+                    )
+        if self.feature_map in ("wdcf_pm", "learned_pm") and (self.num_features or 0) % 2:
+            raise ValueError(
+                f"DiJiangConfig: {self.feature_map} has features in pairs of +x and -x: "
+                f"num_features must be even, got {self.num_features}"
+            )
+
+    def _check_layers(self):
+        if self.layers == "all":
+            return
+        if isinstance(self.layers, (str, bytes)) or not hasattr(self.layers, "__iter__"):
+            raise ValueError(
+                f"DiJiangConfig: layers must be 'all' or a list of layer indices, "
+                f"got {self.layers!r}"
+            )
+        layers = tuple(self.layers)
+        for layer in layers:
+            _check_int("layers", layer, 0)
+        if not layers or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"DiJiangConfig: layers must name each layer once and at least one, got {layers}"
+            )
+        object.__setattr__(self, "layers", tuple(sorted(layers)))
+
+    @classmethod
+    def paper(cls, **overrides) -> DiJiangConfig:
+        """The method as written: weighted DCT features alone, every key far (eq. 9, 10, 12)."""
+        settings = dict(feature_map="wdcf", share_qk=True, window=0, sinks=0, beta=0.0)
+        return cls(**(settings | overrides))
+
+    @classmethod
+    def published(cls, **overrides) -> DiJiangConfig:
+        """The published code's: softmax features, decay a head, group norm and a SiLU gate."""
+        settings = dict(
+            feature_map="softmax", sampling="iid", share_qk=True, window=0, sinks=0, decay="head",
+            normalize=False, group_norm=True, output_gate=True,
+        )  # fmt: skip
+        return cls(**(settings | overrides))
+
+    @classmethod
+    def window_only(cls, window: int = 64, sinks: int = 4, **overrides) -> DiJiangConfig:
+        """The training-free model to compare with: window and sinks, no far keys."""
+        return cls(feature_map=None, window=window, sinks=sinks, **overrides)
+
+    def replace(self, **changes) -> DiJiangConfig:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+    def converts(self, layer: int) -> bool:
+        """Whether this layer is converted."""
+        return self.layers == "all" or layer in self.layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into config.json."""
+        values = asdict(self)
+        if self.layers != "all":
+            values["layers"] = list(self.layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DiJiangConfig:
+        """The inverse of to_dict. Unknown names are refused: a newer version wrote them."""
+        if not isinstance(values, dict):
+            raise TypeError(f"DiJiangConfig.from_dict: expected a dict, got {values!r}")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"DiJiangConfig.from_dict: unknown {_listed(unknown)}. "
+                f"Known: {_listed(sorted(known))}"
+            )
+        return cls(**values)
+
+
+def _listed(names) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _check_type(name, value, expected):
+    if not isinstance(value, expected):
+        raise TypeError(f"DiJiangConfig: {name} must be of type {expected.__name__}, got {value!r}")
+
+
+def _check_int(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"DiJiangConfig: {name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"DiJiangConfig: {name} must be at least {least}, got {value}")
