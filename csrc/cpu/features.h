@@ -1,0 +1,146 @@
+// The exponents log2 phi of a tile of rows: docs/numerics.md, "The function".
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+// Exponents are kept inside these, so that differences of them are never NaN. Below
+// kEmptyLogScale there is no weight at all.
+inline constexpr double kLowestExponent = 2 * kEmptyLogScale;
+inline constexpr double kHighestExponent = -kEmptyLogScale;
+
+// A feature of kind kGiven is a number, any other is its base-2 logarithm. What the recurrences
+// ask of either: a whole exponent above it, and its value times 2^shift.
+template <typename Acc, bool kGiven>
+struct FeatureOf {
+  static constexpr Acc none() { return kGiven ? Acc(0) : Acc(kLowestExponent); }
+  DIJIANG_INLINE static Vec<Acc> exponent(Vec<Acc> x) {
+    const Vec<Acc> empty = broadcast(Acc(kEmptyLogScale));
+    if constexpr (kGiven) return exponent_of<Acc>(x, Acc(kEmptyLogScale));
+    return max(empty, ceil_of<Acc>(x));
+  }
+  DIJIANG_INLINE static Vec<Acc> scaled(Vec<Acc> x, Vec<Acc> shift) {
+    if constexpr (kGiven) return scale_by<Acc>(x, shift);
+    return exp2_scaled<Acc>(x, shift);
+  }
+  // The product of two features times 2^shift, safe when only the whole product is in range.
+  DIJIANG_INLINE static Vec<Acc> product(Vec<Acc> x, Vec<Acc> y, Vec<Acc> shift) {
+    if constexpr (kGiven) {
+      const Vec<Acc> ex = exponent_of<Acc>(x, Acc(0)), ey = exponent_of<Acc>(y, Acc(0));
+      return scale_by<Acc>(scale_by<Acc>(x, -ex) * scale_by<Acc>(y, -ey), ex + ey + shift);
+    }
+    return exp2_scaled<Acc>(x + y, shift);
+  }
+};
+
+template <typename Body>
+DIJIANG_INLINE void dispatch_given(FeatureKind kind, Body&& body) {
+  if (kind == FeatureKind::kGiven) return body(std::true_type{});
+  return body(std::false_type{});
+}
+
+// The parameters of one head, prepared for rows of x.
+template <typename Acc>
+class Features {
+ public:
+  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim) {
+    kind_ = kind;
+    m_ = num_features;
+    d_ = headdim;
+    mp_ = padded<Acc>(m_);
+    dp_ = padded<Acc>(d_);
+    if (kind_ == FeatureKind::kGiven || m_ == 0) return;
+    weight_ = scratch.take<Acc>(dp_ * mp_);
+    bias_ = scratch.take<Acc>(mp_);
+  }
+
+  void set(const FeatureParams& params, int64_t head, double scale) {
+    if (weight_ == nullptr) return;
+    const Acc* omega = static_cast<const Acc*>(params.omega) + head * m_ * d_;
+    const double unit = kind_ == FeatureKind::kElu ? 1.0 : kLog2E;
+    const Acc factor = static_cast<Acc>(std::sqrt(scale) * unit);
+    for (int64_t i = 0; i < m_; ++i) {
+      for (int64_t j = 0; j < d_; ++j) weight_[j * mp_ + i] = omega[i * d_ + j] * factor;
+    }
+    const Acc* log_weight = static_cast<const Acc*>(params.log_weight);
+    for (int64_t i = 0; i < m_; ++i) {
+      bias_[i] = log_weight ? log_weight[head * m_ + i] * static_cast<Acc>(kLog2E) : Acc(0);
+    }
+    const Acc beta = params.beta ? static_cast<const Acc*>(params.beta)[head] : Acc(0);
+    norm_factor_ = beta * static_cast<Acc>(scale * kLog2E);
+  }
+
+  // out (rows x padded m) = log2 phi of x (rows x padded d); for kGiven a copy of x. plain, if
+  // wanted, holds what the backward needs: log2 softmax(u) for kSoftmax, u for kElu.
+  void exponents(const Acc* x, int64_t rows, Acc* out, Acc* plain = nullptr) const {
+    if (kind_ == FeatureKind::kGiven) {
+      std::memcpy(out, x, rows * mp_ * sizeof(Acc));
+      return;
+    }
+    fill(out, rows * mp_, Acc(0));
+    gemm<Operand::kPlain, Operand::kPlain>(rows, mp_, d_, x, dp_, weight_, mp_, out, mp_);
+    for (int64_t t = 0; t < rows; ++t) {
+      Acc* row = out + t * mp_;
+      if (kind_ == FeatureKind::kExp) {
+        Acc shift = 0;
+        if (norm_factor_ != 0) {
+          Vec<Acc> sum{};
+          for (int64_t j = 0; j < dp_; j += kLanes<Acc>) {
+            const Vec<Acc> xj = load(x + t * dp_ + j);
+            sum = multiply_add(xj, xj, sum);
+          }
+          shift = horizontal_sum<Acc>(sum) * norm_factor_;
+        }
+        finish_row(row, row, broadcast(shift));
+      } else if (kind_ == FeatureKind::kSoftmax) {
+        Acc* logits = plain ? plain + t * mp_ : row;
+        const Acc shift = log_sum_exp(row);
+        for (int64_t i = 0; i < mp_; i += kLanes<Acc>) store(logits + i, load(row + i) - shift);
+        finish_row(logits, row, Vec<Acc>{});
+      } else {
+        if (plain) std::memcpy(plain + t * mp_, row, mp_ * sizeof(Acc));
+        for (int64_t i = 0; i < m_; ++i) {
+          row[i] = (row[i] < 0 ? row[i] : std::log1p(row[i])) * static_cast<Acc>(kLog2E);
+        }
+        finish_row(row, row, Vec<Acc>{});
+      }
+    }
+  }
+
+  int64_t padded_features() const { return mp_; }
+
+ private:
+  // u - shift + bias inside the range of exponents; the padding has no weight.
+  DIJIANG_INLINE void finish_row(const Acc* u, Acc* row, Vec<Acc> shift) const {
+    const Vec<Acc> lowest = broadcast(Acc(kLowestExponent));
+    const Vec<Acc> highest = broadcast(Acc(kHighestExponent));
+    for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+      const Vec<Acc> x = load(u + i) - shift + load(bias_ + i);
+      const Vec<Acc> below = x < lowest ? lowest : x;  // NaN stays
+      store(row + i, below > highest ? highest : below);
+    }
+    for (int64_t i = m_; i < mp_; ++i) row[i] = Acc(kLowestExponent);
+  }
+
+  Acc log_sum_exp(const Acc* u) const {
+    Acc top = u[0];
+    for (int64_t i = 1; i < m_; ++i) top = u[i] > top ? u[i] : top;
+    Acc sum = 0;
+    for (int64_t i = 0; i < m_; i += kLanes<Acc>) {
+      Acc lanes[kLanes<Acc>];
+      store(lanes, exp2_scaled<Acc>(load(u + i) - top, Vec<Acc>{}));
+      for (int64_t j = 0; j < kLanes<Acc> && i + j < m_; ++j) sum += lanes[j];
+    }
+    return top + std::log2(sum);
+  }
+
+  FeatureKind kind_ = FeatureKind::kGiven;
+  int64_t m_ = 0, d_ = 0, mp_ = 0, dp_ = 0;
+  Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for kElu
+  Acc* bias_ = nullptr;    // (padded m): log_weight log2 e
+  Acc norm_factor_ = 0;    // beta scale log2 e
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA

@@ -1,0 +1,382 @@
+// One pass over the keys and values of a sequence and kv head in the order of time: what a tile of
+// queries sees at each step (near keys, the tile's own far keys, the state of all others), shared
+// by the forward, and by the half of the backward that needs the past.
+#pragma once
+
+#include "cpu/features.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+inline constexpr int64_t kTile = 64;  // rows; without a window, also the chunk
+
+// Weights in base 2 that a decay of 2^x, x <= 0, splits into: 2^whole fraction, fraction in (1/2, 1].
+template <typename Acc>
+struct Decay {
+  Acc whole = 0;
+  Acc fraction = 1;
+  explicit Decay(double x) {
+    const double up = std::ceil(x);
+    whole = static_cast<Acc>(up);
+    fraction = static_cast<Acc>(std::exp2(x - up));
+  }
+};
+
+template <typename Acc>
+class KeyWalk {
+ public:
+  KeyWalk(const LinearAttentionParams& params, Scratch& scratch)
+      : p(params),
+        given(p.kind == FeatureKind::kGiven),
+        has_far(p.num_features > 0),
+        intra(has_far && p.window == 0),
+        has_decay(has_far && p.log_decay != nullptr),
+        groups(p.num_heads / p.num_kv_heads),
+        dp(padded<Acc>(p.headdim)),
+        vp(padded<Acc>(p.headdim_v)),
+        mp(padded<Acc>(p.num_features)) {
+    const int64_t w = p.window, tile_rows = w > 0 ? 2 * w : kTile;
+    keys_ = scratch.take<Acc>(tile_rows * dp);
+    values_ = scratch.take<Acc>(tile_rows * vp);
+    sink_keys = scratch.take<Acc>(p.sinks * dp);
+    sink_values = scratch.take<Acc>(p.sinks * vp);
+    log_decay_ = scratch.take<double>(tile_rows);
+    fk_.allocate(scratch, p.kind, p.num_features, p.headdim);
+    if (!has_far) return;
+    kv = scratch.take<Acc>(mp * vp);
+    z = scratch.take<Acc>(mp);
+    log_scale = scratch.take<Acc>(mp);
+    a = scratch.take<Acc>(kTile * mp);
+    cumulative_ = scratch.take<double>(kTile);
+    fold_values_ = scratch.take<Acc>(kTile * mp);
+    if (intra) {
+      top = scratch.take<Acc>(mp);
+      fk = scratch.take<Acc>(kTile * mp);
+      chunk_kv = scratch.take<Acc>(mp * vp);
+      chunk_z = scratch.take<Acc>(mp);
+      if (has_decay) mask = scratch.take<Acc>(kTile * kTile);
+    }
+  }
+
+  // Task `index` = (sequence, kv head): loads its initial state.
+  void begin(int64_t index, const AttentionState& initial) {
+    sequence = index / p.num_kv_heads;
+    head = index % p.num_kv_heads;
+    batch = p.segments ? p.segments[3 * sequence] : sequence;
+    begin_token = p.segments ? p.segments[3 * sequence + 1] : 0;
+    end_token = p.segments ? p.segments[3 * sequence + 2] : p.seqlen;
+    first_position = initial.length ? initial.length[sequence] : 0;
+    fk_.set(p.fk, head, p.scale);
+    position = first_position;
+    rows = 0;
+    load_state(initial);
+    load_near(initial);
+  }
+
+  // Takes in the next tile; false at the end. Afterwards rows, token, position and everything
+  // below that describes the tile are set.
+  bool next() {
+    if (rows > 0) leave_tile();
+    position += rows;
+    token = begin_token + (position - first_position);
+    const int64_t w = p.window;
+    rows = end_token - token < kTile ? end_token - token : kTile;
+    if (rows == 0) return false;
+    if (w > 0) {
+      if (position % w == 0) advance_block();
+      const int64_t left = w - position % w;
+      rows = left < rows ? left : rows;
+      offset_ = w + position % w;
+    }
+    tile_keys = keys_ + offset_ * dp;
+    tile_values = values_ + offset_ * vp;
+    load_tile(p.dtype, p.k, batch, head, token, rows, p.headdim, tile_keys, dp);
+    load_tile(p.dtype, p.v, batch, head, token, rows, p.headdim_v, tile_values, vp);
+    for (int64_t i = 0; has_decay && i < rows; ++i) log_decay_[offset_ + i] = decay_at(token + i);
+    for (int64_t i = 0; i < rows && position + i < p.sinks; ++i) {
+      std::memcpy(sink_keys + (position + i) * dp, tile_keys + i * dp, dp * sizeof(Acc));
+      std::memcpy(sink_values + (position + i) * vp, tile_values + i * vp, vp * sizeof(Acc));
+    }
+    enter_near();
+    if (has_far) enter_far();
+    return true;
+  }
+
+  // Writes the state after the last tile, but for its length.
+  void finish(const AttentionState& final) const {
+    store_state(final);
+    store_near(final);
+  }
+  int64_t last_position() const { return first_position + (end_token - begin_token); }
+
+  // Near columns of a tile are the sinks outside the window, then the window. Row i sees the
+  // first visible(i) of them.
+  int64_t near_columns() const { return sink_columns + window_columns; }
+  int64_t visible(int64_t i) const {
+    if (p.window > 0) return near_columns() - rows + i + 1;
+    return sink_columns < position + i + 1 ? sink_columns : position + i + 1;
+  }
+  // log2 of the decay from the state's time to row i.
+  double decay_to(int64_t i) const { return has_decay ? since_state_[i] : 0.0; }
+  // log2 of the decay from row s to row t of the tile.
+  double decay_between(int64_t s, int64_t t) const {
+    return has_decay ? since_state_[t] - since_state_[s] : 0.0;
+  }
+  bool is_sink(int64_t i) const { return position + i < p.sinks; }
+
+  const LinearAttentionParams& p;
+  const bool given, has_far, intra, has_decay;
+  const int64_t groups, dp, vp, mp;
+
+  int64_t sequence = 0, head = 0, batch = 0, begin_token = 0, end_token = 0, first_position = 0;
+
+  // The tile.
+  int64_t rows = 0, token = 0, position = 0;
+  Acc* tile_keys = nullptr;    // (rows, dp)
+  Acc* tile_values = nullptr;  // (rows, vp)
+  int64_t sink_columns = 0, window_columns = 0;
+  Acc* sink_keys = nullptr;  // (sinks, dp)
+  Acc* sink_values = nullptr;
+  const Acc* window_keys = nullptr;  // (window_columns, dp)
+  const Acc* window_values = nullptr;
+
+  // The state before the tile (its time is the last folded key's).
+  Acc* kv = nullptr;         // (mp, vp)
+  Acc* z = nullptr;          // (mp)
+  Acc* log_scale = nullptr;  // (mp): M
+
+  // Without a window: the tile's own far keys, and the state relative to the maximum over both.
+  Acc* a = nullptr;         // (rows, mp): exponents; sinks have none
+  Acc* top = nullptr;       // (mp): M'
+  Acc* fk = nullptr;        // (rows, mp): 2^(a - M')
+  Acc* chunk_kv = nullptr;  // kv 2^(M - M')
+  Acc* chunk_z = nullptr;
+  Acc* mask = nullptr;      // (kTile, kTile): 2^(c_t - c_s) for s <= t, if has_decay
+
+ private:
+  double decay_at(int64_t t) const {
+    const int64_t i =
+        batch * p.log_decay_stride_batch + head * p.log_decay_stride_head + t * p.log_decay_stride_seq;
+    return static_cast<double>(static_cast<const Acc*>(p.log_decay)[i]) * kLog2E;
+  }
+
+  // --- near keys -------------------------------------------------------------------------------
+  // With a window, rows [0, w) of keys_ are the block before, rows [w, 2w) the current one.
+
+  // Slot of the window buffers for row r while `position` tokens have been seen.
+  int64_t slot_of(int64_t r, int64_t seen) const {
+    const int64_t block = (seen - 1) / p.window - 1;
+    return (block * p.window + r) % (2 * p.window);
+  }
+  // Rows [first, last) of keys_ hold the last keys seen.
+  struct RowRange {
+    int64_t first, last;
+  };
+  RowRange held_rows(int64_t seen) const {
+    if (seen == 0 || p.window == 0) return {0, 0};
+    const int64_t first = seen <= p.window ? p.window : 0;
+    return {first, p.window + (seen - 1) % p.window + 1};
+  }
+
+  void load_near(const AttentionState& initial) {
+    if (initial.length == nullptr) return;
+    const int64_t row = sequence * p.num_kv_heads + head, d = p.headdim, dv = p.headdim_v;
+    const int64_t held = p.sinks < position ? p.sinks : position;
+    for (int64_t i = 0; i < held; ++i) {
+      load_row(p.dtype, initial.sink_k, (row * p.sinks + i) * d, 1, d, sink_keys + i * dp);
+      load_row(p.dtype, initial.sink_v, (row * p.sinks + i) * dv, 1, dv, sink_values + i * vp);
+    }
+    const auto [first, last] = held_rows(position);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t slot = row * 2 * p.window + slot_of(r, position);
+      load_row(p.dtype, initial.window_k, slot * d, 1, d, keys_ + r * dp);
+      load_row(p.dtype, initial.window_v, slot * dv, 1, dv, values_ + r * vp);
+      if (has_decay && initial.window_decay) {
+        log_decay_[r] = static_cast<const Acc*>(initial.window_decay)[slot] * kLog2E;
+      }
+    }
+  }
+
+  void store_near(const AttentionState& final) const {
+    if (final.length == nullptr) return;
+    const int64_t row = sequence * p.num_kv_heads + head, d = p.headdim, dv = p.headdim_v;
+    const int64_t seen = last_position();
+    const int64_t held = p.sinks < seen ? p.sinks : seen;
+    store_tile(p.dtype, final.sink_k, row * p.sinks * d, held, d, sink_keys, dp);
+    store_tile(p.dtype, final.sink_v, row * p.sinks * dv, held, dv, sink_values, vp);
+    const auto [first, last] = held_rows(seen);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t slot = row * 2 * p.window + slot_of(r, seen);
+      store_row(p.dtype, final.window_k, slot * d, d, keys_ + r * dp);
+      store_row(p.dtype, final.window_v, slot * dv, dv, values_ + r * vp);
+      if (final.window_decay) {
+        static_cast<Acc*>(final.window_decay)[slot] = static_cast<Acc>(log_decay_[r] / kLog2E);
+      }
+    }
+  }
+
+  void enter_near() {
+    if (p.window == 0) {
+      sink_columns = p.sinks < position + rows ? p.sinks : position + rows;
+      return;
+    }
+    const int64_t block = position / p.window;
+    const int64_t first_row = block > 0 ? 0 : p.window;
+    const int64_t window_start = block > 0 ? (block - 1) * p.window : 0;
+    sink_columns = p.sinks < window_start ? p.sinks : window_start;
+    window_keys = keys_ + first_row * dp;
+    window_values = values_ + first_row * vp;
+    window_columns = offset_ + rows - first_row;
+  }
+
+  // The first token of a block arrives: the block two before it folds into the state.
+  void advance_block() {
+    const int64_t w = p.window, block = position / w;
+    for (int64_t r = 0; has_far && block >= 2 && r < w; r += kTile) {
+      const int64_t n = w - r < kTile ? w - r : kTile, first = (block - 2) * w + r;
+      fk_.exponents(keys_ + r * dp, n, a);
+      drop_sinks(n, first);
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) cumulative_[i] = sum += log_decay_[r + i];
+      fold(n, values_ + r * vp);
+    }
+    std::memcpy(keys_, keys_ + w * dp, w * dp * sizeof(Acc));
+    std::memcpy(values_, values_ + w * vp, w * vp * sizeof(Acc));
+    std::memcpy(log_decay_, log_decay_ + w, w * sizeof(double));
+  }
+
+  // --- far keys --------------------------------------------------------------------------------
+  void drop_sinks(int64_t n, int64_t first) {
+    const Acc none = given ? Acc(0) : Acc(kLowestExponent);
+    for (int64_t i = 0; i < n && first + i < p.sinks; ++i) fill(a + i * mp, mp, none);
+  }
+
+  void enter_far() {
+    if (has_decay) {
+      double sum = 0;
+      const int64_t w = p.window;
+      for (int64_t r = 0; w > 0 && position >= w && r < w; ++r) sum += log_decay_[r];
+      for (int64_t r = w; r < offset_; ++r) sum += log_decay_[r];
+      for (int64_t i = 0; i < rows; ++i) since_state_[i] = sum += log_decay_[offset_ + i];
+    }
+    if (!intra) return;
+    fk_.exponents(tile_keys, rows, a);
+    drop_sinks(rows, position);
+    dispatch_given(p.kind, [this](auto given_tag) { scale_chunk<given_tag.value>(); });
+    for (int64_t t = 0; has_decay && t < rows; ++t) {
+      for (int64_t s = 0; s <= t; ++s) {
+        mask[t * kTile + s] = exp2_scaled_one(static_cast<Acc>(decay_between(s, t)), Acc(0));
+      }
+    }
+  }
+
+  template <bool kGiven>
+  void scale_chunk() {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr int L = kLanes<Acc>;
+    for (int64_t i = 0; i < mp; i += L) {
+      Vec<Acc> m = load(log_scale + i);
+      for (int64_t s = 0; s < rows; ++s) m = max(m, F::exponent(load(a + s * mp + i)));
+      for (int64_t s = 0; s < rows; ++s) store(fk + s * mp + i, F::scaled(load(a + s * mp + i), -m));
+      store(top + i, m);
+      store(chunk_z + i, scale_by<Acc>(load(z + i), load(log_scale + i) - m));
+    }
+    for (int64_t i = 0; i < mp; ++i) scale_row(kv + i * vp, log_scale[i] - top[i], Acc(1), chunk_kv + i * vp);
+  }
+
+  // out = row 2^n factor
+  void scale_row(const Acc* row, Acc n, Acc factor, Acc* out) const {
+    if (n == 0 && factor == 1) {
+      if (out != row) std::memcpy(out, row, vp * sizeof(Acc));
+      return;
+    }
+    for (int64_t j = 0; j < vp; j += kLanes<Acc>) {
+      store(out + j, scale_by<Acc>(load(row + j), broadcast(n)) * factor);
+    }
+  }
+
+  void leave_tile() {
+    if (!intra) return;
+    for (int64_t i = 0; has_decay && i < rows; ++i) cumulative_[i] = since_state_[i];
+    fold(rows, tile_values);
+  }
+
+  // Folds n keys with exponents a and the decay cumulative_ into the state.
+  void fold(int64_t n, const Acc* values) {
+    dispatch_given(p.kind, [&](auto given_tag) { fold_scale<given_tag.value>(n); });
+    gemm<Operand::kTransposed, Operand::kPlain>(mp, vp, n, fold_values_, mp, values, vp, kv, vp);
+  }
+
+  template <bool kGiven>
+  void fold_scale(int64_t n) {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr int L = kLanes<Acc>;
+    const double total = has_decay ? cumulative_[n - 1] : 0.0;
+    const Acc down = static_cast<Acc>(std::floor(total)), up = static_cast<Acc>(std::ceil(total));
+    for (int64_t i = 0; i < mp; i += L) {
+      const Vec<Acc> old_scale = load(log_scale + i), old_z = load(z + i);
+      // A whole number near the decay, chosen so that z stays near 1.
+      const Vec<Acc> magnitude = old_z < 0 ? -old_z : old_z;
+      const Vec<Acc> decayed = old_scale + (magnitude < 1 ? broadcast(down) : broadcast(up));
+      Vec<Acc> scale = max(decayed, broadcast(Acc(kEmptyLogScale)));
+      for (int64_t s = 0; s < n; ++s) {
+        const Decay<Acc> decay(has_decay ? total - cumulative_[s] : 0.0);
+        scale = max(scale, F::exponent(load(a + s * mp + i)) + decay.whole);
+      }
+      const Vec<Acc> factor_up = broadcast(static_cast<Acc>(std::exp2(total - up)));
+      const Vec<Acc> factor_down = broadcast(static_cast<Acc>(std::exp2(total - down)));
+      const Vec<Acc> factor = magnitude < 1 ? factor_down : factor_up;
+      Vec<Acc> sum = scale_by<Acc>(old_z, decayed - scale) * factor;
+      for (int64_t s = 0; s < n; ++s) {
+        const Decay<Acc> decay(has_decay ? total - cumulative_[s] : 0.0);
+        const Vec<Acc> f =
+            F::scaled(load(a + s * mp + i), decay.whole - scale) * broadcast(decay.fraction);
+        store(fold_values_ + s * mp + i, f);
+        sum += f;
+      }
+      for (int64_t l = 0; l < L; ++l) {
+        scale_row(kv + (i + l) * vp, (decayed - scale)[l], factor[l], kv + (i + l) * vp);
+      }
+      store(z + i, sum);
+      store(log_scale + i, scale);
+    }
+  }
+
+  void load_state(const AttentionState& initial) {
+    if (!has_far) return;
+    const int64_t m = p.num_features, dv = p.headdim_v;
+    fill(kv, mp * vp, Acc(0));
+    fill(z, mp, Acc(0));
+    fill(log_scale, mp, Acc(kEmptyLogScale));
+    if (initial.kv == nullptr) return;
+    const int64_t row = sequence * p.num_kv_heads + head;
+    std::memcpy(z, static_cast<const Acc*>(initial.z) + row * m, m * sizeof(Acc));
+    std::memcpy(log_scale, static_cast<const Acc*>(initial.log_scale) + row * m, m * sizeof(Acc));
+    for (int64_t i = 0; i < m; ++i) {
+      const Acc* source = static_cast<const Acc*>(initial.kv) + (row * m + i) * dv;
+      std::memcpy(kv + i * vp, source, dv * sizeof(Acc));
+    }
+  }
+
+  void store_state(const AttentionState& final) const {
+    if (!has_far || final.kv == nullptr) return;
+    const int64_t m = p.num_features, dv = p.headdim_v;
+    const int64_t row = sequence * p.num_kv_heads + head;
+    std::memcpy(static_cast<Acc*>(final.z) + row * m, z, m * sizeof(Acc));
+    std::memcpy(static_cast<Acc*>(final.log_scale) + row * m, log_scale, m * sizeof(Acc));
+    for (int64_t i = 0; i < m; ++i) {
+      Acc* target = static_cast<Acc*>(final.kv) + (row * m + i) * dv;
+      std::memcpy(target, kv + i * vp, dv * sizeof(Acc));
+    }
+  }
+
+  Features<Acc> fk_;
+  Acc* keys_ = nullptr;
+  Acc* values_ = nullptr;
+  double* log_decay_ = nullptr;   // log2, by row of keys_
+  double* cumulative_ = nullptr;  // of the keys being folded
+  Acc* fold_values_ = nullptr;    // their features relative to the new log_scale
+  double since_state_[kTile] = {};
+  int64_t offset_ = 0;  // row of keys_ of the tile's first key
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA

@@ -1,0 +1,313 @@
+// The forward of linear attention for one task: docs/numerics.md, "Chunks" and "Blocks".
+#pragma once
+
+#include "cpu/key_walk.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+// A row whose denominator is at least this, relative to its own scale, lost nothing that matters.
+inline constexpr double kSafeDenominator = 0x1p-60;
+
+template <typename Acc>
+bool all_finite(const Acc* x, int64_t count) {
+  Vec<Acc> zero{};
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) zero += load(x + i) * Acc(0);
+  return horizontal_sum<Acc>(zero) == 0;
+}
+
+template <typename Acc>
+class LinearAttentionForward {
+ public:
+  explicit LinearAttentionForward(const LinearAttentionParams& params)
+      : p_(params), walk_(params, scratch_) {
+    near_stride_ = padded<Acc>(p_.sinks + 2 * p_.window);
+    q_ = scratch_.take<Acc>(kTile * walk_.dp);
+    scaled_q_ = scratch_.take<Acc>(kTile * walk_.dp);
+    near_ = scratch_.take<Acc>(kTile * near_stride_);
+    far_ = scratch_.take<Acc>(kTile * kTile);
+    b_ = scratch_.take<Acc>(kTile * walk_.mp);
+    fq_ = scratch_.take<Acc>(kTile * walk_.mp);
+    num_ = scratch_.take<Acc>(kTile * walk_.vp);
+    fq_maps_ = new (scratch_.take<Features<Acc>>(walk_.groups)) Features<Acc>[walk_.groups];
+    for (int64_t g = 0; g < walk_.groups; ++g) {
+      fq_maps_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    }
+  }
+
+  // initial and final may be the same memory; final.length is left to the caller.
+  void run(int64_t task, const AttentionState& initial, const AttentionState& final) {
+    walk_.begin(task, initial);
+    for (int64_t g = 0; g < walk_.groups; ++g) fq_maps_[g].set(p_.fq, query_head(g), p_.scale);
+    while (walk_.next()) {
+      values_finite_ = all_finite(walk_.tile_values, walk_.rows * walk_.vp);
+      for (int64_t g = 0; g < walk_.groups; ++g) {
+        dispatch_given(p_.kind, [&](auto given) { head_tile<given.value>(g); });
+      }
+    }
+    walk_.finish(final);
+  }
+
+  const KeyWalk<Acc>& walk() const { return walk_; }
+
+ private:
+  int64_t query_head(int64_t g) const { return walk_.head * walk_.groups + g; }
+
+  template <bool kGiven>
+  void head_tile(int64_t g) {
+    const int64_t rows = walk_.rows, dp = walk_.dp;
+    load_tile(p_.dtype, p_.q, walk_.batch, query_head(g), walk_.token, rows, p_.headdim, q_, dp);
+    if (walk_.has_far) fq_maps_[g].exponents(q_, rows, b_);
+    near_scores();
+    for (int64_t t = 0; t < rows; ++t) set_scale<kGiven>(t);
+    weigh_near();
+    if (walk_.has_far) weigh_far<kGiven>();
+    for (int64_t t = 0; t < rows; ++t) {
+      const bool safe = !walk_.intra || den_[t] >= Acc(kSafeDenominator);
+      if (!safe && scale_[t] > Acc(kEmptyLogScale)) exact_row<kGiven>(t);
+    }
+    write_rows(g);
+  }
+
+  // near_ = q.k scale log2 e, sinks first, then the window.
+  void near_scores() {
+    const int64_t rows = walk_.rows, dp = walk_.dp;
+    if (walk_.near_columns() == 0) return;
+    const Acc factor = static_cast<Acc>(p_.scale * kLog2E);
+    for (int64_t i = 0; i < rows * dp; ++i) scaled_q_[i] = q_[i] * factor;
+    fill(near_, rows * near_stride_, Acc(0));
+    gemm<Operand::kPlain, Operand::kTransposed>(rows, walk_.sink_columns, dp, scaled_q_, dp,
+                                                walk_.sink_keys, dp, near_, near_stride_);
+    gemm<Operand::kPlain, Operand::kTransposed>(rows, walk_.window_columns, dp, scaled_q_, dp,
+                                                walk_.window_keys, dp,
+                                                near_ + walk_.sink_columns, near_stride_);
+  }
+
+  // r_t, a whole exponent above every term of row t.
+  template <bool kGiven>
+  void set_scale(int64_t t) {
+    using F = FeatureOf<Acc, kGiven>;
+    Acc top = static_cast<Acc>(kEmptyLogScale);
+    const Acc* near = near_ + t * near_stride_;
+    for (int64_t s = 0; s < walk_.visible(t); ++s) top = near[s] > top ? near[s] : top;
+    top = std::ceil(top);
+    if (p_.normalize && p_.eps > 0) {
+      const Acc eps_scale = static_cast<Acc>(std::ceil(std::log2(p_.eps)));
+      top = eps_scale > top ? eps_scale : top;
+    }
+    if (walk_.has_far) {
+      const Acc* scale = walk_.intra ? walk_.top : walk_.log_scale;
+      const Acc decay = walk_.intra ? Acc(0) : Decay<Acc>(walk_.decay_to(t)).whole;
+      Vec<Acc> far = broadcast(static_cast<Acc>(kEmptyLogScale));
+      for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
+        far = max(far, F::exponent(load(b_ + t * walk_.mp + i)) + load(scale + i) + decay);
+      }
+      const Acc far_top = horizontal_max<Acc>(far);
+      top = far_top > top ? far_top : top;
+    }
+    scale_[t] = top;
+  }
+
+  // num and den of the near keys; the far keys' are added to them.
+  void weigh_near() {
+    const int64_t rows = walk_.rows, vp = walk_.vp, columns = walk_.near_columns();
+    fill(num_, rows * vp, Acc(0));
+    for (int64_t t = 0; t < rows; ++t) {
+      Acc* row = near_ + t * near_stride_;
+      const int64_t visible = walk_.visible(t);
+      const Vec<Acc> shift = broadcast(-scale_[t]);
+      for (int64_t s = 0; s < visible; s += kLanes<Acc>) {
+        store(row + s, exp2_scaled<Acc>(load(row + s), shift));
+      }
+      fill(row + visible, near_stride_ - visible, Acc(0));
+      Acc sum = 0;
+      for (int64_t s = 0; s < visible; ++s) sum += row[s];
+      den_[t] = sum;
+    }
+    if (columns == 0) return;
+    multiply_visible(near_, near_stride_, walk_.sink_columns, 0, walk_.sink_values);
+    multiply_visible(near_, near_stride_, walk_.window_columns, walk_.sink_columns,
+                     walk_.window_values);
+  }
+
+  // num += weights[:, first : first + count] values. A value that is not finite must not reach the
+  // rows that do not see it: 0 times it is not 0.
+  void multiply_visible(const Acc* weights, int64_t stride, int64_t count, int64_t first,
+                        const Acc* values) {
+    const int64_t vp = walk_.vp;
+    if (values_finite_) {
+      gemm<Operand::kPlain, Operand::kPlain>(walk_.rows, vp, count, weights + first, stride, values,
+                                             vp, num_, vp);
+      return;
+    }
+    for (int64_t t = 0; t < walk_.rows; ++t) {
+      int64_t visible = (weights == far_ ? t + 1 : walk_.visible(t)) - first;
+      visible = visible < count ? visible : count;
+      gemm<Operand::kPlain, Operand::kPlain>(1, vp, visible < 0 ? 0 : visible,
+                                             weights + t * stride + first, stride, values, vp,
+                                             num_ + t * vp, vp);
+    }
+  }
+
+  template <bool kGiven>
+  void weigh_far() {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr int L = kLanes<Acc>;
+    const int64_t rows = walk_.rows, mp = walk_.mp, vp = walk_.vp;
+    const Acc* scale = walk_.intra ? walk_.top : walk_.log_scale;
+    const Acc* state = walk_.intra ? walk_.chunk_kv : walk_.kv;
+    const Acc* state_z = walk_.intra ? walk_.chunk_z : walk_.z;
+    if (walk_.intra) {
+      for (int64_t t = 0; t < rows; ++t) {
+        const Vec<Acc> r = broadcast(scale_[t]);
+        for (int64_t i = 0; i < mp; i += L) {
+          store(fq_ + t * mp + i, F::scaled(load(b_ + t * mp + i), load(scale + i) - r));
+        }
+      }
+      fill(far_, rows * kTile, Acc(0));
+      gemm<Operand::kPlain, Operand::kTransposed>(rows, rows, mp, fq_, mp, walk_.fk, mp, far_,
+                                                  kTile);
+      for (int64_t t = 0; t < rows; ++t) {
+        Acc* row = far_ + t * kTile;
+        for (int64_t s = 0; walk_.has_decay && s <= t; ++s) row[s] *= walk_.mask[t * kTile + s];
+        Acc sum = 0;
+        for (int64_t s = 0; s <= t; ++s) sum += row[s];
+        fill(row + t + 1, kTile - t - 1, Acc(0));
+        den_[t] += sum;
+      }
+      multiply_visible(far_, kTile, rows, 0, walk_.tile_values);
+    }
+    for (int64_t t = 0; t < rows; ++t) {
+      const Decay<Acc> decay(walk_.decay_to(t));
+      const Vec<Acc> r = broadcast(scale_[t] - decay.whole), fraction = broadcast(decay.fraction);
+      Vec<Acc> sum{};
+      for (int64_t i = 0; i < mp; i += L) {
+        Vec<Acc> f;
+        if (walk_.intra && !walk_.has_decay) {
+          f = load(fq_ + t * mp + i);
+        } else {
+          f = F::scaled(load(b_ + t * mp + i), load(scale + i) - r) * fraction;
+          store(fq_ + t * mp + i, f);
+        }
+        sum = multiply_add(f, load(state_z + i), sum);
+      }
+      den_[t] += horizontal_sum<Acc>(sum);
+    }
+    gemm<Operand::kPlain, Operand::kPlain>(rows, vp, mp, fq_, mp, state, vp, num_, vp);
+  }
+
+  // Row t alone, term by term: a later key of the chunk, or the state's past before a strong
+  // decay, is so large that the row's own terms vanished beside it.
+  template <bool kGiven>
+  void exact_row(int64_t t) {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr int L = kLanes<Acc>;
+    const int64_t mp = walk_.mp, vp = walk_.vp, dp = walk_.dp;
+    const Acc* b = b_ + t * mp;
+    Acc top = static_cast<Acc>(kEmptyLogScale);
+    if (p_.normalize && p_.eps > 0) top = static_cast<Acc>(std::ceil(std::log2(p_.eps)));
+
+    Acc* near = near_ + t * near_stride_;
+    const int64_t visible = walk_.visible(t);
+    for (int64_t s = 0; s < visible; ++s) {  // without a window these are sinks
+      near[s] = 0;
+      for (int64_t j = 0; j < dp; ++j) {
+        near[s] += scaled_q_[t * dp + j] * walk_.sink_keys[s * dp + j];
+      }
+      top = near[s] > top ? near[s] : top;
+    }
+    top = std::ceil(top);
+    const Decay<Acc> state_decay(walk_.decay_to(t));
+    for (int64_t s = -1; s <= t; ++s) {  // -1: the state
+      const Acc decay = s < 0 ? state_decay.whole : Decay<Acc>(walk_.decay_between(s, t)).whole;
+      Vec<Acc> largest = broadcast(static_cast<Acc>(kEmptyLogScale));
+      for (int64_t i = 0; i < mp; i += L) {
+        const Vec<Acc> key = s < 0 ? load(walk_.log_scale + i) : F::exponent(load(walk_.a + s * mp + i));
+        largest = max(largest, F::exponent(load(b + i)) + key + decay);
+      }
+      const Acc far_top = horizontal_max<Acc>(largest);
+      top = far_top > top ? far_top : top;
+    }
+    scale_[t] = top;
+
+    Acc den = 0;
+    Acc* num = num_ + t * vp;
+    fill(num, vp, Acc(0));
+    const auto add = [&](Acc weight, const Acc* value) {
+      for (int64_t j = 0; j < vp; ++j) num[j] += weight * value[j];
+    };
+    for (int64_t s = 0; s < visible; ++s) {
+      const Acc weight = exp2_scaled_one(near[s], -top);
+      den += weight;
+      add(weight, walk_.sink_values + s * vp);
+    }
+    for (int64_t s = 0; s <= t; ++s) {
+      const Decay<Acc> decay(walk_.decay_between(s, t));
+      const Vec<Acc> shift = broadcast(decay.whole - top);
+      Vec<Acc> sum{};
+      for (int64_t i = 0; i < mp; i += L) {
+        sum += F::product(load(b + i), load(walk_.a + s * mp + i), shift);
+      }
+      const Acc weight = horizontal_sum<Acc>(sum) * decay.fraction;
+      den += weight;
+      add(weight, walk_.tile_values + s * vp);
+    }
+    for (int64_t i = 0; i < mp; i += L) {
+      const Vec<Acc> shift = load(walk_.log_scale + i) + (state_decay.whole - top);
+      const Vec<Acc> f = F::scaled(load(b + i), shift) * broadcast(state_decay.fraction);
+      for (int64_t l = 0; l < L; ++l) {
+        den += f[l] * walk_.z[i + l];
+        add(f[l], walk_.kv + (i + l) * vp);
+      }
+    }
+    den_[t] = den;
+  }
+
+  void write_rows(int64_t g) {
+    const int64_t vp = walk_.vp;
+    const int64_t first = (walk_.batch * p_.num_heads + query_head(g)) * p_.seqlen + walk_.token;
+    for (int64_t t = 0; t < walk_.rows; ++t) {
+      Acc* num = num_ + t * vp;
+      Acc row_scale = 0, row_sum = 1;
+      if (p_.normalize) {
+        Acc den = den_[t];
+        if (p_.eps > 0) den += scale_by_one(static_cast<Acc>(p_.eps), -scale_[t]);
+        const Acc inverse = den == 0 ? Acc(0) : 1 / den;
+        for (int64_t j = 0; j < vp; ++j) num[j] *= inverse;
+        row_sum = std::numeric_limits<Acc>::infinity();
+        if (den != 0) {
+          // den's exponent moves into the scale, unless that is too large to take it.
+          const Acc exponent = exponent_of_one(den, Acc(1)) - 1;
+          row_scale = scale_[t] + exponent;
+          const bool exact = row_scale - scale_[t] == exponent;
+          row_scale = exact ? row_scale : scale_[t];
+          row_sum = exact ? scale_by_one(den, -exponent) : den;
+        }
+      } else {
+        for (int64_t j = 0; j < vp; j += kLanes<Acc>) {
+          store(num + j, scale_by<Acc>(load(num + j), broadcast(scale_[t])));
+        }
+      }
+      if (p_.row_scale) static_cast<Acc*>(p_.row_scale)[first + t] = row_scale;
+      if (p_.row_sum) static_cast<Acc*>(p_.row_sum)[first + t] = row_sum;
+    }
+    store_tile(p_.dtype, p_.out, first * p_.headdim_v, walk_.rows, p_.headdim_v, num_, vp);
+  }
+
+  const LinearAttentionParams& p_;
+  Scratch scratch_;
+  KeyWalk<Acc> walk_;
+  Features<Acc>* fq_maps_ = nullptr;
+  int64_t near_stride_ = 0;
+  bool values_finite_ = true;  // of the tile's own values
+  Acc* q_ = nullptr;           // (rows, dp)
+  Acc* scaled_q_ = nullptr;    // q scale log2 e
+  Acc* near_ = nullptr;        // (rows, near_stride): scores, then weights
+  Acc* far_ = nullptr;         // (rows, kTile): weights of the tile's far keys
+  Acc* b_ = nullptr;           // (rows, mp): exponents
+  Acc* fq_ = nullptr;
+  Acc* num_ = nullptr;         // (rows, vp)
+  Acc den_[kTile] = {};
+  Acc scale_[kTile] = {};      // r
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA

@@ -1,0 +1,38 @@
+// Entry points of the linear attention kernels, included once per instruction set.
+#pragma once
+
+#include "cpu/linear_attention_forward.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+template <typename Acc>
+void forward_tasks(const LinearAttentionParams& params, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  LinearAttentionForward<Acc> forward(params);
+  for (int64_t task = begin; task < end; ++task) {
+    forward.run(task, params.initial, params.final);
+    const KeyWalk<Acc>& walk = forward.walk();
+    if (params.final.length && walk.head == 0) {
+      params.final.length[walk.sequence] = walk.last_position();
+    }
+  }
+}
+
+template <typename Acc>
+void update_tasks(const LinearAttentionParams& params, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  LinearAttentionForward<Acc> forward(params);
+  for (int64_t task = begin; task < end; ++task) forward.run(task, params.final, params.final);
+}
+
+void linear_attention_forward(const LinearAttentionParams& params, int64_t begin, int64_t end) {
+  if (params.dtype == DType::kFloat64) return forward_tasks<double>(params, begin, end);
+  forward_tasks<float>(params, begin, end);
+}
+
+void linear_attention_update(const LinearAttentionParams& params, int64_t begin, int64_t end) {
+  if (params.dtype == DType::kFloat64) return update_tasks<double>(params, begin, end);
+  update_tasks<float>(params, begin, end);
+}
+
+}  // namespace dijiang::cpu::DIJIANG_ISA
