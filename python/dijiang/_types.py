@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+EMPTY_LOG_SCALE = -1e30  # of a feature that has seen no key: finite, and exp2 of it is 0
 
 
 class FeatureParams(NamedTuple):
@@ -28,7 +31,7 @@ class LinearAttentionState(NamedTuple):
 
     kv: Tensor  # (num_seqs, kv_heads, num_features, headdim_v)
     z: Tensor  # (num_seqs, kv_heads, num_features)
-    log_scale: Tensor  # (num_seqs, kv_heads, num_features), whole numbers; -1e30: saw no key
+    log_scale: Tensor  # (num_seqs, kv_heads, num_features), whole numbers or EMPTY_LOG_SCALE
 
 
 class AttentionState(NamedTuple):
@@ -46,3 +49,50 @@ class AttentionState(NamedTuple):
     sink_k: Tensor  # (num_seqs, kv_heads, sinks, headdim)
     sink_v: Tensor  # (num_seqs, kv_heads, sinks, headdim_v)
     length: Tensor  # (num_seqs,) int64: tokens seen so far
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state, feature parameters and accumulation."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_attention_state(
+    batch: int,
+    kv_heads: int,
+    num_features: int,
+    headdim: int,
+    headdim_v: int,
+    *,
+    window: int,
+    sinks: int,
+    dtype: torch.dtype,
+    device,
+    decay: bool = False,
+) -> AttentionState:
+    """The AttentionState of `batch` sequences before their first token.
+
+    `dtype` is that of q, k and v; `decay` says whether log_decay will be given. With no far term
+    num_features is 0.
+
+        >>> state = empty_attention_state(1, 2, 64, 32, 32, window=16, sinks=4,
+        ...                               dtype=torch.float32, device="cpu")
+        >>> state.kv.shape
+        torch.Size([1, 2, 64, 32])
+    """
+    acc = acc_dtype(dtype)
+
+    def zeros(*shape, dtype=dtype):
+        return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+    z = zeros(kv_heads, num_features, dtype=acc)
+    return AttentionState(
+        kv=zeros(kv_heads, num_features, headdim_v, dtype=acc),
+        z=z,
+        log_scale=torch.full_like(z, EMPTY_LOG_SCALE),
+        window_k=zeros(kv_heads, 2 * window, headdim),
+        window_v=zeros(kv_heads, 2 * window, headdim_v),
+        window_decay=zeros(kv_heads, 2 * window, dtype=acc) if decay else None,
+        sink_k=zeros(kv_heads, sinks, headdim),
+        sink_v=zeros(kv_heads, sinks, headdim_v),
+        length=zeros(dtype=torch.int64),
+    )

@@ -18,10 +18,16 @@ import math
 import torch
 from torch import Tensor
 
-from ._types import AttentionState, FeatureParams, LinearAttentionState
+from ._types import (
+    EMPTY_LOG_SCALE,
+    AttentionState,
+    FeatureParams,
+    LinearAttentionState,
+    acc_dtype,
+    empty_attention_state,
+)
 
 LOG2E = math.log2(math.e)
-EMPTY_LOG_SCALE = -1e30
 
 
 def dct_matrix(n: int, dtype=torch.float64, device=None) -> Tensor:
@@ -119,7 +125,7 @@ def causal_linear_attention_recurrent(
     normalize=True, eps=0.0, return_state=False,
 ):  # fmt: skip
     """causal_linear_attention one token at a time, from and to a LinearAttentionState."""
-    acc = _acc_dtype(q)
+    acc = acc_dtype(q.dtype)
     num_seqs = len(segments_of(q, cu_seqlens, seq_bounds))
     state = initial_state
     if state is None:
@@ -156,7 +162,7 @@ def kernelized_attention_recurrent(
     return_state=False,
 ):  # fmt: skip
     """kernelized_attention one token at a time, from and to an AttentionState."""
-    acc = _acc_dtype(q)
+    acc = acc_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kv_heads, d, dv = k.shape[1], k.shape[-1], v.shape[-1]
     segments = segments_of(q, cu_seqlens, seq_bounds)
@@ -268,26 +274,6 @@ def kernelized_attention_update(
     return out
 
 
-def empty_attention_state(
-    batch, kv_heads, num_features, headdim, headdim_v, *, window, sinks, dtype, device, decay=False
-) -> AttentionState:
-    """The state before the first token."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def zeros(*shape, dtype=dtype):
-        return torch.zeros(batch, *shape, dtype=dtype, device=device)
-
-    return AttentionState(
-        *_empty_far(batch, kv_heads, num_features, headdim_v, acc, device),
-        zeros(kv_heads, 2 * window, headdim),
-        zeros(kv_heads, 2 * window, headdim_v),
-        zeros(kv_heads, 2 * window, dtype=acc) if decay else None,
-        zeros(kv_heads, sinks, headdim),
-        zeros(kv_heads, sinks, headdim_v),
-        zeros(dtype=torch.int64),
-    )
-
-
 def segments_of(q: Tensor, cu_seqlens=None, seq_bounds=None) -> list[tuple[int, int, int]]:
     """(batch row, begin, end) of each sequence."""
     if cu_seqlens is not None:
@@ -344,10 +330,6 @@ def _decay_per_token(log_decay, k):
 
 def _by_kv_head(x, kv_heads):
     return x.unflatten(0, (kv_heads, -1))  # (H, .) -> (Hkv, G, .)
-
-
-def _acc_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _empty_far(num_seqs, kv_heads, num_features, dv, acc, device):

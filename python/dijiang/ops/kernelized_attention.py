@@ -1,0 +1,237 @@
+"""kernelized_attention and its one-token update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._types import AttentionState, FeatureParams, acc_dtype
+from ._autograd import without_gradient
+from ._checks import (
+    KINDS,
+    autocast,
+    check_eps,
+    check_like,
+    check_one_token,
+    check_params,
+    check_qkv,
+    per_token_decay,
+    segments_of,
+)
+
+
+def kernelized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: FeatureParams | None = None,
+    fk: FeatureParams | None = None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    log_decay: Tensor | None = None,
+    initial_state: AttentionState | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_bounds: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 0.0,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, AttentionState]:
+    """Causal attention, near keys exact and far keys by features, linear in seqlen.
+
+    o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps), where key s is near (a sink: one of the
+    first `sinks` tokens of its sequence; or in the block of `window` tokens of t or the block
+    before it) and w_ts = exp(scale q_t.k_s), or far and w_ts = exp(sum_{r=s+1..t} log_decay_r)
+    phi(q_t).phi(k_s). Blocks count from the first token of each sequence.
+
+    Args:
+        q: (B, H, T, d); float32, float64 (CPU), bfloat16, float16.
+        k: (B, Hkv, T, d), v: (B, Hkv, T, dv); the dtype of q, Hkv divides H. Any strides; nothing
+            is copied or repeated.
+        fq, fk: feature maps of the queries (H rows) and of the keys (Hkv rows), of one kind; a
+            gate on the far keys is added to fq.log_weight. Both None: near keys alone.
+        scale: of q.k; None: 1 / sqrt(d).
+        window: block length; 0: no window, and the token itself is far.
+        sinks: tokens that stay exact for ever.
+        log_decay: (Hkv,) or (B, Hkv, T), finite and <= 0, of far keys alone.
+        initial_state: the state to start from, one row a sequence.
+        cu_seqlens: int32 (N + 1), 0 = first, T = last: N sequences packed into B = 1 row.
+        seq_bounds: int32 (B, 2), [begin, end) of the real tokens of each row. Outputs of the rest
+            are 0.
+        normalize: False drops the denominator.
+        eps: added to the denominator. A row without any weight gives 0.
+        return_state: return (out, state).
+
+    Returns:
+        (B, H, T, dv) in the dtype of q. Differentiable in q, k, v, fq, fk and log_decay, and
+        without window and sinks in kv and z of the states.
+
+    Raises:
+        TypeError, ValueError: what the message says; RuntimeError: no kernel for the device.
+
+    Source: arXiv 2403.19928, eq. 5 and 9 to 13; exact window with a linear far term:
+    arXiv 2402.18668; sinks: arXiv 2309.17453.
+
+        >>> q, k = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8)
+        >>> fq, fk = FeatureParams(torch.randn(4, 16, 8)), FeatureParams(torch.randn(2, 16, 8))
+        >>> kernelized_attention(q, k, k, fq, fk, window=8, sinks=2).shape
+        torch.Size([1, 4, 40, 8])
+    """
+    op = "kernelized_attention"
+    q, k, v, params, log_decay, kind, scale = _prepare(
+        op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
+    )
+    segments = segments_of(op, q, cu_seqlens, seq_bounds)
+    num_seqs = q.shape[0] if segments is None else segments.shape[0]
+    initial = (None,) * 9
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, num_seqs, q, k, v, fk, window, sinks,
+                     log_decay)  # fmt: skip
+        _check_no_gradient(op, initial_state, window, sinks)
+        initial = [None if x is None else x.contiguous() for x in initial_state]
+        if not (window or sinks):
+            initial[-1] = None  # positions matter to window and sinks alone
+    out, _, _, *state = torch.ops.dijiang.kernelized_attention_fwd(
+        q, k, v, *params, log_decay, segments, *initial, kind, scale, window, sinks, normalize, eps,
+        return_state,
+    )  # fmt: skip
+    if not return_state:
+        return out
+    state = AttentionState(*state)
+    if log_decay is None:
+        state = state._replace(window_decay=None)
+    if not (window or sinks):
+        if segments is None:
+            length = torch.full((num_seqs,), q.shape[2], dtype=torch.int64, device=q.device)
+        else:
+            length = (segments[:, 2] - segments[:, 1]).to(torch.int64)
+        if initial_state is not None:
+            length = length + initial_state.length
+        state = state._replace(length=length)
+    return out, state
+
+
+def kernelized_attention_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState,
+    fq: FeatureParams | None = None,
+    fk: FeatureParams | None = None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    log_decay: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 0.0,
+) -> Tensor:
+    """One more token of each sequence: kernelized_attention with T = 1, `state` in place.
+
+    Each row of the batch has a length of its own (state.length).
+
+    Args:
+        q: (B, H, 1, d), k: (B, Hkv, 1, d), v: (B, Hkv, 1, dv), as in kernelized_attention.
+        state: contiguous, one row a sequence; written. empty_attention_state makes one.
+        The others: as in kernelized_attention.
+
+    Returns:
+        (B, H, 1, dv). It has no gradient: to ask for one is an error.
+
+    Raises:
+        As kernelized_attention.
+
+        >>> from dijiang.ops import empty_attention_state
+        >>> state = empty_attention_state(1, 2, 0, 8, 8, window=4, sinks=1, dtype=torch.float32,
+        ...                               device="cpu")
+        >>> x = torch.randn(1, 2, 1, 8)
+        >>> torch.equal(kernelized_attention_update(x, x, x, state, window=4, sinks=1), x)
+        True
+    """
+    op = "kernelized_attention_update"
+    q, k, v, params, log_decay, kind, scale = _prepare(
+        op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
+    )
+    check_one_token(op, q)
+    _check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, log_decay)
+    for name, x in zip(state._fields, state, strict=True):
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{op}: state.{name} must be contiguous: it is written in place")
+    near = bool(window or sinks)
+    out = without_gradient(
+        op,
+        torch.ops.dijiang.kernelized_attention_update,
+        q, k, v, *params, log_decay, *state[:-1], state.length if near else None, kind, scale,
+        window, sinks, normalize, eps,
+    )  # fmt: skip
+    if not near:
+        state.length.add_(1)  # no kernel needs it, but callers count on it
+    return out
+
+
+def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
+    q, k, v = autocast(q, k, v)
+    check_qkv(op, q, k, v, "headdim")
+    check_eps(op, eps)
+    scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale
+    if scale is None or not scale > 0:
+        raise ValueError(f"{op}: scale must be positive, got {scale}")
+    for name, count in (("window", window), ("sinks", sinks)):
+        if count < 0:
+            raise ValueError(f"{op}: {name} must not be negative, got {count}")
+    log_decay = per_token_decay(op, log_decay, q, k)
+    params, kind = (None,) * 6, KINDS["exp"]
+    if (fq is None) != (fk is None):
+        missing = "fq" if fq is None else "fk"
+        raise ValueError(f"{op}: fq and fk must be given together, {missing} is None")
+    if fq is not None:
+        params_q = check_params(op, "fq", fq, q.shape[1], q.shape[3], q)
+        params_k = check_params(op, "fk", fk, k.shape[1], k.shape[3], q)
+        if fq.kind != fk.kind or fq.omega.shape[1] != fk.omega.shape[1]:
+            raise ValueError(
+                f"{op}: fq and fk must be of one kind and have as many features, got {fq.kind!r} "
+                f"with {fq.omega.shape[1]} and {fk.kind!r} with {fk.omega.shape[1]}"
+            )
+        params, kind = (*params_q, *params_k), KINDS[fq.kind]
+    return q, k, v, params, log_decay, kind, scale
+
+
+def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, log_decay):
+    if not isinstance(state, AttentionState):
+        raise TypeError(f"{op}: {name} must be AttentionState, got {type(state).__name__}")
+    acc = acc_dtype(q.dtype)
+    heads, headdim, headdim_v = k.shape[1], k.shape[3], v.shape[3]
+    features = 0 if fk is None else fk.omega.shape[1]
+    if window and (state.window_decay is None) != (log_decay is None):
+        wanted = "without" if log_decay is None else "with"
+        raise ValueError(
+            f"{op}: {name} must be one {wanted} decay, as log_decay is: "
+            f"empty_attention_state(..., decay={log_decay is not None})"
+        )
+    expected = {
+        "kv": ((features, headdim_v), "features, headdim_v", acc),
+        "z": ((features,), "features", acc),
+        "log_scale": ((features,), "features", acc),
+        "window_k": ((2 * window, headdim), "2 window, headdim", q.dtype),
+        "window_v": ((2 * window, headdim_v), "2 window, headdim_v", q.dtype),
+        "window_decay": ((2 * window,), "2 window", acc),
+        "sink_k": ((sinks, headdim), "sinks, headdim", q.dtype),
+        "sink_v": ((sinks, headdim_v), "sinks, headdim_v", q.dtype),
+    }
+    for field, (shape, legend, dtype) in expected.items():
+        x = getattr(state, field)
+        if x is not None:
+            check_like(op, f"{name}.{field}", x, (num_seqs, heads, *shape),
+                       f"(sequences, kv heads, {legend})", q, dtype)  # fmt: skip
+    check_like(op, f"{name}.length", state.length, (num_seqs,), "(sequences)", q, torch.int64)
+
+
+def _check_no_gradient(op, state, window, sinks):
+    if not torch.is_grad_enabled():
+        return
+    near = (x for x in state[3:-1] if x is not None)
+    if any(x.requires_grad for x in (state if window else near) if x is not None):
+        raise ValueError(
+            f"{op}: with window or sinks initial_state carries no gradient: detach its tensors"
+        )
