@@ -1,0 +1,249 @@
+// How a call of linear attention is cut into chunks, and what lies in the workspace.
+//
+// A chunk is kChunk tokens, or with a window w a whole number of blocks of w. Chunk c of a sequence
+// handles the queries at positions [c C, c C + C) and folds the keys at [c C - w, c C + C - w): of
+// those keys a query sees the blocks two or more before its own (all up to itself when w = 0), and
+// all earlier keys through the state before the chunk. So w only shifts the keys, and for w >= 64
+// (C = w) no chunk has a far key of its own.
+#pragma once
+
+#include "cuda/tile_product.h"
+#include "dijiang/core/linear_attention.h"
+
+namespace dijiang::cuda {
+
+constexpr int kChunk = 64;
+constexpr float kUnsafeSum = 8.673617379884035e-19f;  // 2^-60: see docs/numerics.md
+
+struct Chunk {
+  int seq;            // of num_seqs
+  int batch;          // row of q, k, v
+  int query_token;    // of the first query, in the batch row
+  int query_count;
+  int64_t query_pos;  // in the sequence
+  int64_t key_pos;    // of the first key folded here
+  int key_count;
+  int key_skip;       // of those keys the first so many are sinks: they are not folded
+  int64_t start_pos;  // of the call's first token: earlier keys lie in the given state
+  int start_token;
+};
+
+// Dense float buffers over tokens have the shape (batch, heads, seqlen, ...), those over chunks
+// (chunk, kv heads, ...).
+struct Workspace {
+  int32_t* first_chunk;       // (num_seqs + 1): prefix sums of the sequences' chunk counts
+  Chunk* chunks;
+  double* levels;             // (chunk, kv heads, chunk_size + window): base-2 decay summed from
+                              // key_pos on, the position's own included; null: no decay
+  float* query_features;      // base-2 exponents (values when given)
+  float* key_features;
+  float* window_features;     // (num_seqs, kv heads, 2 window, num_features)
+  float* chunk_scale;         // (.., num_features): M of the chunk's own keys without decay
+  float* local_scale;         // (.., num_features): M of the chunk's keys at its end
+  float* scale;               // (.., num_features): M of the state before the chunk
+  float* kv;                  // (.., num_features, headdim_v): local, then before the chunk
+  float* z;                   // (.., num_features): likewise
+  float* row_scale;           // r over query tokens
+  uint8_t* exact;             // rows that underflowed, over query tokens
+};
+
+struct Attention {
+  LinearAttentionParams params;
+  Workspace work;
+  int group;           // query heads a kv head
+  int chunk_size;
+  int row_tiles;       // tiles of 64 queries a chunk
+  int64_t max_chunks;  // at most; the true number is first_chunk[num_seqs]
+  bool has_decay;
+  bool has_given_window;  // keys before the call may lie in window and sink buffers
+  bool has_inner;         // chunks have far keys of their own
+};
+
+// Hands out 256-byte aligned pieces; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    if (count <= 0) return nullptr;
+    const size_t offset = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
+  Attention a{};
+  a.params = p;
+  if (!p.segments) a.params.num_seqs = p.batch;
+  const int64_t seqs = a.params.num_seqs;
+  a.group = static_cast<int>(p.num_heads / p.num_kv_heads);
+  a.chunk_size = static_cast<int>(p.window == 0       ? kChunk
+                                  : p.window < kChunk ? kChunk / p.window * p.window
+                                                      : p.window);
+  a.row_tiles = static_cast<int>(ceil_div(a.chunk_size, kRows));
+  a.max_chunks = p.batch * p.seqlen / a.chunk_size + 2 * seqs;
+  a.has_decay = p.log_decay != nullptr && p.num_features > 0;
+  a.has_given_window = p.initial.length != nullptr && (p.window > 0 || p.sinks > 0);
+  a.has_inner = p.num_features > 0 && (p.window == 0 || p.window < a.chunk_size);
+
+  const int64_t m = p.num_features;
+  const int64_t cells = a.max_chunks * p.num_kv_heads;
+  Workspace& w = a.work;
+  w.first_chunk = arena.take<int32_t>(seqs + 1);
+  w.chunks = arena.take<Chunk>(a.max_chunks);
+  w.levels = arena.take<double>(a.has_decay ? cells * (a.chunk_size + p.window) : 0);
+  w.query_features = arena.take<float>(p.batch * p.num_heads * p.seqlen * m);
+  w.key_features = arena.take<float>(p.batch * p.num_kv_heads * p.seqlen * m);
+  w.window_features = arena.take<float>(
+      a.has_given_window ? seqs * p.num_kv_heads * 2 * p.window * m : 0);
+  w.chunk_scale = arena.take<float>(cells * m);
+  w.local_scale = arena.take<float>(cells * m);
+  w.scale = arena.take<float>(cells * m);
+  w.kv = arena.take<float>(cells * m * p.headdim_v);
+  w.z = arena.take<float>(cells * m);
+  w.row_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
+  w.exact = arena.take<uint8_t>(p.batch * p.num_heads * p.seqlen);
+  return a;
+}
+
+// A strided row of elements.
+template <class T>
+struct Row {
+  const T* data;
+  int64_t stride;
+  __device__ float operator[](int64_t i) const { return to_float(data[i * stride]); }
+};
+
+template <class T>
+__device__ inline Row<T> view_row(const ConstView& view, int64_t batch, int64_t head,
+                                  int64_t token) {
+  return {static_cast<const T*>(view.data) + batch * view.stride_batch + head * view.stride_head +
+              token * view.stride_seq,
+          view.stride_dim};
+}
+
+__device__ inline int64_t token_of(const Chunk& c, int64_t pos) {
+  return c.start_token + (pos - c.start_pos);
+}
+
+// Index of a row of a dense (batch, heads, seqlen) buffer.
+__device__ inline int64_t row_index(const LinearAttentionParams& p, int64_t heads, int64_t batch,
+                                    int64_t head, int64_t token) {
+  return (batch * heads + head) * p.seqlen + token;
+}
+
+// Keys, values, their features and decay by position: from the call's tensors, or, before its
+// first token, from the state's sinks and window.
+template <class T>
+struct Keys {
+  const Attention& a;
+  const Chunk& c;
+  int head;
+
+  __device__ int64_t slot(int64_t pos) const {
+    const int64_t slots = 2 * a.params.window;
+    return (static_cast<int64_t>(c.seq) * a.params.num_kv_heads + head) * slots + pos % slots;
+  }
+  __device__ Row<T> from_state(int64_t pos, const void* sinks, const void* window,
+                               int64_t dim) const {
+    const int64_t n = a.params.sinks;
+    const int64_t cell = static_cast<int64_t>(c.seq) * a.params.num_kv_heads + head;
+    if (pos < n) return {static_cast<const T*>(sinks) + (cell * n + pos) * dim, 1};
+    return {static_cast<const T*>(window) + slot(pos) * dim, 1};
+  }
+  __device__ Row<T> key(int64_t pos) const {
+    const LinearAttentionParams& p = a.params;
+    if (pos >= c.start_pos) return view_row<T>(p.k, c.batch, head, token_of(c, pos));
+    return from_state(pos, p.initial.sink_k, p.initial.window_k, p.headdim);
+  }
+  __device__ Row<T> value(int64_t pos) const {
+    const LinearAttentionParams& p = a.params;
+    if (pos >= c.start_pos) return view_row<T>(p.v, c.batch, head, token_of(c, pos));
+    return from_state(pos, p.initial.sink_v, p.initial.window_v, p.headdim_v);
+  }
+  __device__ const float* features(int64_t pos) const {
+    const LinearAttentionParams& p = a.params;
+    if (pos >= c.start_pos) {
+      return a.work.key_features +
+             row_index(p, p.num_kv_heads, c.batch, head, token_of(c, pos)) * p.num_features;
+    }
+    return a.work.window_features + slot(pos) * p.num_features;
+  }
+  __device__ float log_decay(int64_t pos) const {
+    const LinearAttentionParams& p = a.params;
+    if (pos >= c.start_pos) {
+      return static_cast<const float*>(
+          p.log_decay)[c.batch * p.log_decay_stride_batch + head * p.log_decay_stride_head +
+                       token_of(c, pos) * p.log_decay_stride_seq];
+    }
+    const auto* window = static_cast<const float*>(p.initial.window_decay);
+    return window ? window[slot(pos)] : 0.0f;
+  }
+};
+
+// Cell of a (chunk, kv head).
+__device__ inline int64_t cell_of(const Attention& a, int64_t chunk, int kv_head) {
+  return chunk * a.params.num_kv_heads + kv_head;
+}
+__device__ inline const double* levels_of(const Attention& a, int64_t chunk, int kv_head) {
+  return a.work.levels + cell_of(a, chunk, kv_head) * (a.chunk_size + a.params.window);
+}
+
+// The block's chunk; false when there is none.
+__device__ inline bool find_chunk(const Attention& a, int64_t index, Chunk& c) {
+  if (index >= a.work.first_chunk[a.params.num_seqs]) return false;
+  c = a.work.chunks[index];
+  return true;
+}
+
+__device__ inline bool is_far(const LinearAttentionParams& p, int64_t query, int64_t key) {
+  if (key < p.sinks) return false;
+  return p.window == 0 ? key <= query : key / p.window + 2 <= query / p.window;
+}
+__device__ inline bool is_near(const LinearAttentionParams& p, int64_t query, int64_t key) {
+  if (key > query) return false;
+  return key < p.sinks || (p.window > 0 && key / p.window + 1 >= query / p.window);
+}
+
+// The positions of near keys of the queries at [first, last], in tiles of up to 64: sinks, then the
+// window.
+struct NearTiles {
+  int64_t sinks;
+  int64_t window_begin;
+  int64_t window_end;
+  int sink_tiles;
+  int count;
+
+  __device__ NearTiles(const LinearAttentionParams& p, int64_t first, int64_t last) {
+    sinks = p.sinks < last + 1 ? p.sinks : last + 1;
+    window_end = last + 1;
+    window_begin = window_end;
+    if (p.window > 0) {
+      const int64_t block = first / p.window;
+      window_begin = block > 0 ? (block - 1) * p.window : 0;
+      if (window_begin < p.sinks) window_begin = p.sinks;
+      if (window_begin > window_end) window_begin = window_end;
+    }
+    sink_tiles = static_cast<int>((sinks + kRows - 1) / kRows);
+    count = sink_tiles + static_cast<int>((window_end - window_begin + kRows - 1) / kRows);
+  }
+  __device__ int64_t begin(int tile) const {
+    return tile < sink_tiles ? static_cast<int64_t>(tile) * kRows
+                             : window_begin + static_cast<int64_t>(tile - sink_tiles) * kRows;
+  }
+  __device__ int size(int tile) const {
+    const int64_t left = (tile < sink_tiles ? sinks : window_end) - begin(tile);
+    return static_cast<int>(left < kRows ? left : kRows);
+  }
+};
+
+}  // namespace dijiang::cuda

@@ -1,0 +1,71 @@
+// What forward and backward do alike for a tile of up to 64 queries.
+#pragma once
+
+#include "cuda/attention_layout.h"
+
+namespace dijiang::cuda {
+
+// Queries [row0, row0 + rows) of a chunk, of one query head.
+struct QueryTile {
+  int64_t index;  // of the chunk
+  Chunk chunk;
+  int head;
+  int kv_head;
+  int row0;
+  int rows;
+
+  __device__ int64_t position(int row) const { return chunk.query_pos + row0 + row; }
+  __device__ int64_t token(int row) const { return chunk.query_token + row0 + row; }
+};
+
+// blockIdx.x counts chunks and their tiles, blockIdx.y query heads. False: nothing to do.
+__device__ inline bool find_query_tile(const Attention& a, QueryTile& t) {
+  t.index = blockIdx.x / a.row_tiles;
+  t.row0 = static_cast<int>(blockIdx.x % a.row_tiles) * kRows;
+  if (!find_chunk(a, t.index, t.chunk) || t.row0 >= t.chunk.query_count) return false;
+  t.head = blockIdx.y;
+  t.kv_head = t.head / a.group;
+  t.rows = t.chunk.query_count - t.row0 < kRows ? t.chunk.query_count - t.row0 : kRows;
+  return true;
+}
+
+// x[row][k] of 64 rows given by row_of(row), columns [k0, k0 + kDepth), zero outside.
+template <class RowOf>
+__device__ inline void load_depth_tile(float* tile, int rows, int64_t k0, int64_t width,
+                                       RowOf row_of) {
+  for (int e = threadIdx.x; e < kRows * kDepth; e += kThreads) {
+    const int r = e / kDepth, k = e % kDepth;
+    tile[r * kDepthStride + k] = r < rows && k0 + k < width ? row_of(r)[k0 + k] : 0.0f;
+  }
+}
+
+// result (64 x 64, kRowStride) = x y^T over `width` columns of rows x_row(r), y_row(r): scores of
+// queries and keys. Barriers before the tiles are used and after the result is complete.
+template <class T, class RowX, class RowY>
+__device__ inline void multiply_rows(float* x_tile, float* y_tile, float* result, int x_rows,
+                                     int y_rows, int64_t width, RowX x_row, RowY y_row) {
+  TileProduct<T> product;
+  for (int64_t k0 = 0; k0 < width; k0 += kDepth) {
+    __syncthreads();
+    load_depth_tile(x_tile, x_rows, k0, width, x_row);
+    load_depth_tile(y_tile, y_rows, k0, width, y_row);
+    __syncthreads();
+    product.template multiply<Order::kRowMajor, Order::kColumnMajor>(
+        x_tile, kDepthStride, y_tile, kDepthStride, kDepth);
+  }
+  __syncthreads();
+  product.store(result, kRowStride);
+  __syncthreads();
+}
+
+// M' of the docs: what the features of a chunk's rows are relative to.
+__device__ inline float feature_scale(const Attention& a, int64_t cell, int64_t i) {
+  const int64_t at = cell * a.params.num_features + i;
+  return a.has_inner ? fmaxf(a.work.scale[at], a.work.chunk_scale[at]) : a.work.scale[at];
+}
+
+__device__ inline float score_scale(const LinearAttentionParams& p) {
+  return static_cast<float>(p.scale) * kLog2e;
+}
+
+}  // namespace dijiang::cuda

@@ -1,0 +1,492 @@
+// Forward: states before each chunk (attention_phases.h), then rows: their common exponent, their
+// sums, the rare rows that underflowed, and the state's window and sink buffers.
+#include "dijiang/core/linear_attention_cuda.h"
+
+#include "cuda/attention_phases.h"
+#include "cuda/attention_rows.h"
+
+namespace dijiang::cuda {
+namespace {
+
+// r of each row: no term's exponent exceeds it. Grid: (chunk, row tile), query head.
+template <class T, bool kGiven>
+__global__ void __launch_bounds__(kThreads) find_row_scales(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  auto* x_tile = reinterpret_cast<float*>(raw);
+  float* y_tile = x_tile + kDepthTile;
+  float* scores = y_tile + kDepthTile;
+  const LinearAttentionParams& p = a.params;
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  const int row = threadIdx.x / 4, part = threadIdx.x % 4;
+  const int64_t row_at = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(row));
+  float top = kEmpty;
+
+  if (row < t.rows) {
+    const float* b = a.work.query_features + row_at * p.num_features;
+    const int64_t cell = cell_of(a, t.index, t.kv_head);
+    for (int64_t i = part; i < p.num_features; i += 4) {
+      top = fmaxf(top, Feature<kGiven>::bound(b[i]) + feature_scale(a, cell, i));
+    }
+  }
+
+  const Keys<T> keys{a, t.chunk, t.kv_head};
+  const NearTiles near(p, t.position(0), t.position(t.rows - 1));
+  for (int tile = 0; tile < near.count; ++tile) {
+    const int64_t begin = near.begin(tile);
+    const int size = near.size(tile);
+    multiply_rows<T>(
+        x_tile, y_tile, scores, t.rows, size, p.headdim,
+        [&](int r) { return view_row<T>(p.q, t.chunk.batch, t.head, t.token(r)); },
+        [&](int s) { return keys.key(begin + s); });
+    if (row < t.rows) {
+      for (int s = part; s < size; s += 4) {
+        if (!is_near(p, t.position(row), begin + s)) continue;
+        top = fmaxf(top, ceilf(scores[row * kRowStride + s] * score_scale(p)));
+      }
+    }
+  }
+  top = quad_max(top);
+  if (row < t.rows && part == 0) a.work.row_scale[row_at] = top < kNone ? kEmpty : top;
+}
+
+// A row's numbers once its sums are known. den may be NaN (from NaN inputs): then so is the output.
+struct RowEnd {
+  float factor;  // out = num * factor
+  float scale;   // what is saved
+  float sum;
+};
+
+__device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, float scale) {
+  if (!p.normalize) return {scale2(1.0f, scale), 0.0f, 1.0f};
+  float factor = 1.0f;
+  if (p.eps > 0.0) {
+    const auto eps = static_cast<float>(p.eps);
+    const float top = fmaxf(scale, binary_exponent(eps));
+    factor = scale2(1.0f, scale - top);
+    den = den * factor + scale2(eps, -top);
+    scale = top;
+  }
+  if (den == 0.0f) return {0.0f, 0.0f, INFINITY};
+  int exponent;
+  const float fraction = frexpf(den, &exponent);
+  return {factor / den, scale + static_cast<float>(exponent - 1), 2.0f * fraction};
+}
+
+// num 2^scale without the overflow of 2^scale alone when normalize = false.
+__device__ inline float row_output(const LinearAttentionParams& p, float num, const RowEnd& end,
+                                   float scale) {
+  return p.normalize ? num * end.factor : scale2(num, scale);
+}
+
+template <int kColumns>
+constexpr int kOutputShared =
+    (kDepthTile + (kDepth * (kColumns + 4) > kDepthTile ? kDepth * (kColumns + 4) : kDepthTile) +
+     kSquareTile + 2 * kRows) *
+    sizeof(float);
+
+// Sums of a row tile. Grid: (chunk, row tile), query head, columns of v.
+template <class T, bool kGiven, int kColumns>
+__global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
+  constexpr int kValueStride = kColumns + 4;
+  constexpr int kValueTile = kDepth * kValueStride > kDepthTile ? kDepth * kValueStride
+                                                                : kDepthTile;
+  DIJIANG_DYNAMIC_SHARED(raw);
+  auto* x_tile = reinterpret_cast<float*>(raw);
+  float* y_tile = x_tile + kDepthTile;       // also [depth][column] of v and of the state
+  float* weights = y_tile + kValueTile;      // 64 x 64
+  float* scales = weights + kSquareTile;     // r
+  float* row_decay = scales + kRows;         // from the last folded key to the row
+  const LinearAttentionParams& p = a.params;
+  const int64_t m = p.num_features, dv = p.headdim_v;
+  const int64_t j0 = static_cast<int64_t>(blockIdx.z) * kColumns;
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  const Chunk& c = t.chunk;
+  const int tid = threadIdx.x, row = tid / 4, part = tid % 4;
+  const int64_t cell = cell_of(a, t.index, t.kv_head);
+  const int64_t first_row = row_index(p, p.num_heads, c.batch, t.head, t.token(0));
+  const float* features = a.work.query_features + first_row * m;
+  const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
+  const Keys<T> keys{a, c, t.kv_head};
+  using F = Feature<kGiven>;
+
+  if (tid < kRows) {
+    const bool inside = tid < t.rows;
+    scales[tid] = inside ? a.work.row_scale[first_row + tid] : kEmpty;
+    row_decay[tid] =
+        levels && inside ? decay_between(levels, -1, t.position(tid) - c.key_pos) : 0.0f;
+  }
+  __syncthreads();
+
+  TileProduct<T, kColumns> product;
+  float den = 0.0f;  // of `row`, a quarter
+  // product += weights (64 x 64) times the values at [begin, begin + size)
+  const auto add_values = [&](int64_t begin, int size) {
+    for (int s = part; s < kRows; s += 4) den += weights[row * kRowStride + s];
+    for (int s0 = 0; s0 < size; s0 += kDepth) {
+      __syncthreads();
+      for (int e = tid; e < kDepth * kColumns; e += kThreads) {
+        const int s = s0 + e / kColumns, j = e % kColumns;
+        y_tile[e / kColumns * kValueStride + j] =
+            s < size && j0 + j < dv ? keys.value(begin + s)[j0 + j] : 0.0f;
+      }
+      __syncthreads();
+      product.template multiply<Order::kRowMajor, Order::kRowMajor>(
+          weights + s0, kRowStride, y_tile, kValueStride, kDepth);
+    }
+    __syncthreads();
+  };
+
+  const NearTiles near(p, t.position(0), t.position(t.rows - 1));
+  for (int tile = 0; tile < near.count; ++tile) {
+    const int64_t begin = near.begin(tile);
+    const int size = near.size(tile);
+    multiply_rows<T>(
+        x_tile, y_tile, weights, t.rows, size, p.headdim,
+        [&](int r) { return view_row<T>(p.q, c.batch, t.head, t.token(r)); },
+        [&](int s) { return keys.key(begin + s); });
+    for (int e = tid; e < kRows * kRows; e += kThreads) {
+      const int r = e / kRows, s = e % kRows;
+      float& w = weights[r * kRowStride + s];
+      const bool seen = r < t.rows && s < size && is_near(p, t.position(r), begin + s);
+      w = seen ? operand<T>(exp2_scaled(w * score_scale(p), -scales[r])) : 0.0f;
+    }
+    __syncthreads();
+    add_values(begin, size);
+  }
+
+  if (a.has_inner && c.key_count > c.key_skip) {
+    TileProduct<T> inner;
+    for (int64_t i0 = 0; i0 < m; i0 += kDepth) {
+      __syncthreads();
+      for (int e = tid; e < kRows * kDepth; e += kThreads) {
+        const int r = e / kDepth, k = e % kDepth;
+        const bool in_features = i0 + k < m;
+        const float top = in_features ? feature_scale(a, cell, i0 + k) : 0.0f;
+        const bool has_row = in_features && r < t.rows && scales[r] > kNone;
+        const bool has_key = in_features && r >= c.key_skip && r < c.key_count;
+        x_tile[r * kDepthStride + k] =
+            has_row ? operand<T>(F::scaled(features[r * m + i0 + k], top - scales[r])) : 0.0f;
+        y_tile[r * kDepthStride + k] =
+            has_key ? operand<T>(F::scaled(keys.features(c.key_pos + r)[i0 + k], -top)) : 0.0f;
+      }
+      __syncthreads();
+      inner.template multiply<Order::kRowMajor, Order::kColumnMajor>(x_tile, kDepthStride, y_tile,
+                                                                     kDepthStride, kDepth);
+    }
+    __syncthreads();
+    inner.store(weights, kRowStride);
+    __syncthreads();
+    for (int e = tid; e < kRows * kRows; e += kThreads) {
+      const int r = e / kRows, s = e % kRows;
+      float& w = weights[r * kRowStride + s];
+      const bool seen = r < t.rows && s < c.key_count && is_far(p, t.position(r), c.key_pos + s);
+      const float decay =
+          levels && seen ? decay_between(levels, s, t.position(r) - c.key_pos) : 0.0f;
+      w = seen ? operand<T>(levels ? w * exp2_scaled(decay, 0.0f) : w) : 0.0f;
+    }
+    __syncthreads();
+    add_values(c.key_pos, c.key_count);
+  }
+
+  for (int64_t i0 = 0; i0 < m; i0 += kDepth) {
+    __syncthreads();
+    for (int e = tid; e < kRows * kDepth; e += kThreads) {
+      const int r = e / kDepth, k = e % kDepth;
+      float x = 0.0f;
+      if (r < t.rows && i0 + k < m && scales[r] > kNone) {
+        const float shift = a.work.scale[cell * m + i0 + k] - scales[r];
+        const float y = features[r * m + i0 + k];
+        x = levels ? F::scaled(y, row_decay[r], shift) : F::scaled(y, shift);
+      }
+      x_tile[r * kDepthStride + k] = operand<T>(x);
+    }
+    for (int e = tid; e < kDepth * kColumns; e += kThreads) {
+      const int i = e / kColumns, j = e % kColumns;
+      y_tile[i * kValueStride + j] =
+          i0 + i < m && j0 + j < dv ? a.work.kv[(cell * m + i0 + i) * dv + j0 + j] : 0.0f;
+    }
+    __syncthreads();
+    product.template multiply<Order::kRowMajor, Order::kRowMajor>(x_tile, kDepthStride, y_tile,
+                                                                  kValueStride, kDepth);
+    for (int k = part; k < kDepth && i0 + k < m; k += 4) {
+      den += x_tile[row * kDepthStride + k] * a.work.z[cell * m + i0 + k];
+    }
+  }
+
+  den = quad_sum(den);
+  float* result = weights;  // 64 columns at a time
+  for (int half = 0; half < kColumns; half += kRows) {
+    __syncthreads();
+    if constexpr (kColumns == kRows) {
+      product.store(result, kRowStride);
+    } else {
+      // Both halves at once over the tiles that are no longer needed.
+      if (half == 0) product.store(x_tile, kValueStride);
+      result = x_tile + half;
+    }
+    __syncthreads();
+    if (row < t.rows) {
+      const RowEnd end = finish_row(p, den, scales[row]);
+      constexpr int stride = kColumns == kRows ? kRowStride : kValueStride;
+      auto* out = static_cast<T*>(p.out) + (first_row + row) * dv;
+      for (int j = part; j < kRows && j0 + half + j < dv; j += 4) {
+        out[j0 + half + j] =
+            from_float<T>(row_output(p, result[row * stride + j], end, scales[row]));
+      }
+      if (part == 0 && half == 0 && blockIdx.z == 0) {
+        if (p.row_scale) static_cast<float*>(p.row_scale)[first_row + row] = end.scale;
+        if (p.row_sum) static_cast<float*>(p.row_sum)[first_row + row] = end.sum;
+        a.work.exact[first_row + row] =
+            a.has_inner && den < kUnsafeSum && c.key_count > c.key_skip;
+      }
+    }
+  }
+}
+
+constexpr int kExactShared = (kRows + 64) * sizeof(float);
+
+// The rows marked above again, term by term, one after another. Grid as compute_outputs, with 256
+// columns of v a block: one a thread.
+template <class T, bool kGiven>
+__global__ void __launch_bounds__(kThreads) compute_exact_rows(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  auto* weights = reinterpret_cast<float*>(raw);  // of 64 keys or features
+  float* scratch = weights + kRows;
+  const LinearAttentionParams& p = a.params;
+  const int64_t m = p.num_features, dv = p.headdim_v;
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  const Chunk& c = t.chunk;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int64_t j = static_cast<int64_t>(blockIdx.z) * kThreads + tid;
+  const int64_t cell = cell_of(a, t.index, t.kv_head);
+  const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
+  const Keys<T> keys{a, c, t.kv_head};
+  using F = Feature<kGiven>;
+
+  for (int row = 0; row < t.rows; ++row) {
+    const int64_t row_at = row_index(p, p.num_heads, c.batch, t.head, t.token(row));
+    if (!a.work.exact[row_at]) continue;
+    const int64_t pos = t.position(row);
+    const Row<T> query = view_row<T>(p.q, c.batch, t.head, t.token(row));
+    const float* b = a.work.query_features + row_at * m;
+    const float row_decay = levels ? decay_between(levels, -1, pos - c.key_pos) : 0.0f;
+    const auto key_decay = [&](int s) {
+      return levels ? decay_between(levels, s, pos - c.key_pos) : 0.0f;
+    };
+    // One warp's score of a near key.
+    const auto score = [&](int64_t key_pos) {
+      const Row<T> key = keys.key(key_pos);
+      float x = 0.0f;
+      for (int64_t k = lane; k < p.headdim; k += 32) x = fmaf(query[k], key[k], x);
+      return warp_sum(x) * score_scale(p);
+    };
+
+    const NearTiles near(p, pos, pos);
+    float top = kEmpty;
+    for (int tile = 0; tile < near.count; ++tile) {
+      for (int s = warp; s < near.size(tile); s += kThreads / 32) {
+        if (is_near(p, pos, near.begin(tile) + s)) top = fmaxf(top, score(near.begin(tile) + s));
+      }
+    }
+    for (int64_t i = tid; i < m; i += kThreads) {
+      top = fmaxf(top, F::bound(b[i], row_decay) + a.work.scale[cell * m + i]);
+    }
+    for (int s = c.key_skip + warp; s < c.key_count; s += kThreads / 32) {
+      if (!is_far(p, pos, c.key_pos + s)) continue;
+      const float* x = keys.features(c.key_pos + s);
+      for (int64_t i = lane; i < m; i += 32) {
+        const float term = kGiven ? F::bound(b[i], key_decay(s)) + F::bound(x[i])
+                                  : b[i] + x[i] + key_decay(s);
+        top = fmaxf(top, term);
+      }
+    }
+    const float scale = ceilf(block_max(top, scratch));
+    if (scale < kNone) continue;  // no weight at all: what compute_outputs wrote stands
+
+    float num = 0.0f, den = 0.0f;
+    const auto add_values = [&](int64_t begin, int size) {
+      __syncthreads();
+      for (int s = 0; s < size; ++s) {
+        den += weights[s];
+        if (j < dv) num = fmaf(weights[s], keys.value(begin + s)[j], num);
+      }
+      __syncthreads();
+    };
+    __syncthreads();
+    for (int tile = 0; tile < near.count; ++tile) {
+      const int64_t begin = near.begin(tile);
+      for (int s = warp; s < near.size(tile); s += kThreads / 32) {
+        const float x = score(begin + s);
+        if (lane == 0) weights[s] = is_near(p, pos, begin + s) ? exp2_scaled(x, -scale) : 0.0f;
+      }
+      add_values(begin, near.size(tile));
+    }
+    for (int s = warp; s < c.key_count; s += kThreads / 32) {
+      float sum = 0.0f;
+      if (is_far(p, pos, c.key_pos + s)) {
+        const float* x = keys.features(c.key_pos + s);
+        for (int64_t i = lane; i < m; i += 32) {
+          if (kGiven) {
+            const float e = binary_exponent(x[i]);
+            sum += scale2(x[i], -e) * F::scaled(b[i], key_decay(s), e - scale);
+          } else {
+            sum += exp2_scaled(b[i] + x[i] + key_decay(s), -scale);
+          }
+        }
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) weights[s] = sum;
+    }
+    add_values(c.key_pos, c.key_count);
+    for (int64_t i0 = 0; i0 < m; i0 += kRows) {
+      if (tid < kRows) {
+        const bool inside = i0 + tid < m;
+        weights[tid] = inside ? F::scaled(b[i0 + tid], row_decay,
+                                          a.work.scale[cell * m + i0 + tid] - scale)
+                              : 0.0f;
+      }
+      __syncthreads();
+      for (int64_t i = i0; i < i0 + kRows && i < m; ++i) {
+        den = fmaf(weights[i - i0], a.work.z[cell * m + i], den);
+        if (j < dv) num = fmaf(weights[i - i0], a.work.kv[(cell * m + i) * dv + j], num);
+      }
+      __syncthreads();
+    }
+    const RowEnd end = finish_row(p, den, scale);
+    if (j < dv) static_cast<T*>(p.out)[row_at * dv + j] =
+        from_float<T>(row_output(p, num, end, scale));
+    if (tid == 0 && blockIdx.z == 0) {
+      if (p.row_scale) static_cast<float*>(p.row_scale)[row_at] = end.scale;
+      if (p.row_sum) static_cast<float*>(p.row_sum)[row_at] = end.sum;
+    }
+  }
+}
+
+// The final state's buffers in the inputs' dtype. Grid: (sequence, slot or sink), kv head.
+template <class T>
+__global__ void __launch_bounds__(kThreads) write_buffers(Attention a) {
+  const LinearAttentionParams& p = a.params;
+  const int64_t slots = 2 * p.window, rows = slots + p.sinks;
+  const int64_t seq = blockIdx.x / rows, place = blockIdx.x % rows;
+  const int head = blockIdx.y;
+  const Sequence s = find_sequence(a, seq);
+  const int64_t end = s.start_pos + s.length;
+  const int64_t cell = seq * p.num_kv_heads + head;
+  const bool is_sink = place >= slots;
+  // The newest position in this place; a place that has none yet gets zeros.
+  const int64_t pos = is_sink ? place - slots : end - 1 - ((end - 1 - place) % slots + slots) % slots;
+  const bool exists = pos >= 0 && pos < end;
+
+  const auto copy = [&](const ConstView& input, const void* given, void* to, int64_t dim,
+                        int64_t at) {
+    if (!to) return;
+    for (int64_t k = threadIdx.x; k < dim; k += kThreads) {
+      T x = from_float<T>(0.0f);
+      if (exists && pos >= s.start_pos) {
+        const Row<T> row = view_row<T>(input, s.batch, head, s.begin + (pos - s.start_pos));
+        x = row.data[k * row.stride];
+      } else if (exists) {
+        x = static_cast<const T*>(given)[at * dim + k];
+      }
+      static_cast<T*>(to)[at * dim + k] = x;
+    }
+  };
+  if (is_sink) {
+    const int64_t at = cell * p.sinks + place - slots;
+    copy(p.k, p.initial.sink_k, p.final.sink_k, p.headdim, at);
+    copy(p.v, p.initial.sink_v, p.final.sink_v, p.headdim_v, at);
+    return;
+  }
+  const int64_t at = cell * slots + place;
+  copy(p.k, p.initial.window_k, p.final.window_k, p.headdim, at);
+  copy(p.v, p.initial.window_v, p.final.window_v, p.headdim_v, at);
+  if (p.final.window_decay && threadIdx.x == 0) {
+    float x = 0.0f;
+    if (exists && pos >= s.start_pos && p.log_decay) {
+      x = static_cast<const float*>(
+          p.log_decay)[s.batch * p.log_decay_stride_batch + head * p.log_decay_stride_head +
+                       (s.begin + pos - s.start_pos) * p.log_decay_stride_seq];
+    } else if (exists && pos < s.start_pos && p.initial.window_decay) {
+      x = static_cast<const float*>(p.initial.window_decay)[at];
+    }
+    static_cast<float*>(p.final.window_decay)[at] = x;
+  }
+}
+
+static __global__ void write_lengths(Attention a) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (n >= a.params.num_seqs) return;
+  const Sequence s = find_sequence(a, n);
+  a.params.final.length[n] = s.start_pos + s.length;
+}
+
+template <class T, bool kGiven>
+cudaError_t forward(const Attention& a, cudaStream_t stream) {
+  const LinearAttentionParams& p = a.params;
+  launch_states<T, kGiven>(a, stream);
+  const auto tiles = static_cast<unsigned>(a.max_chunks * a.row_tiles);
+  const auto heads = static_cast<unsigned>(p.num_heads);
+  constexpr int shared = (2 * kDepthTile + kSquareTile) * sizeof(float);
+  DIJIANG_LAUNCH((find_row_scales<T, kGiven>), dim3(tiles, heads), kThreads, shared, stream, a);
+  if (p.headdim_v <= 64) {
+    DIJIANG_LAUNCH((compute_outputs<T, kGiven, 64>), dim3(tiles, heads), kThreads,
+                   kOutputShared<64>, stream, a);
+  } else {
+    const auto columns = static_cast<unsigned>(ceil_div(p.headdim_v, 128));
+    DIJIANG_LAUNCH((compute_outputs<T, kGiven, 128>), dim3(tiles, heads, columns), kThreads,
+                   kOutputShared<128>, stream, a);
+  }
+  if (a.has_inner) {
+    const auto columns = static_cast<unsigned>(ceil_div(p.headdim_v, kThreads));
+    DIJIANG_LAUNCH((compute_exact_rows<T, kGiven>), dim3(tiles, heads, columns), kThreads,
+                   kExactShared, stream, a);
+  }
+  const bool wants_buffers = p.final.window_k || p.final.sink_k;
+  if (wants_buffers && 2 * p.window + p.sinks > 0) {
+    const auto rows = static_cast<unsigned>(p.num_seqs * (2 * p.window + p.sinks));
+    DIJIANG_LAUNCH((write_buffers<T>), dim3(rows, static_cast<unsigned>(p.num_kv_heads)), kThreads,
+                   0, stream, a);
+  }
+  if (p.final.length) {
+    DIJIANG_LAUNCH(write_lengths, dim3(static_cast<unsigned>(ceil_div(p.num_seqs, 128))), 128, 0,
+                   stream, a);
+  }
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t forward_kind(const Attention& a, cudaStream_t stream) {
+  return a.params.kind == FeatureKind::kGiven ? forward<T, true>(a, stream)
+                                              : forward<T, false>(a, stream);
+}
+
+}  // namespace
+
+size_t linear_attention_forward_workspace(const LinearAttentionParams& params) {
+  Arena arena(nullptr);
+  plan_attention(params, arena);
+  return arena.used();
+}
+
+cudaError_t linear_attention_forward(const LinearAttentionParams& params, void* workspace,
+                                     cudaStream_t stream) {
+  if (const cudaError_t error = check_attention(params); error != cudaSuccess) return error;
+  Arena arena(workspace);
+  const Attention a = plan_attention(params, arena);
+  if (a.params.num_seqs == 0) return cudaSuccess;
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return forward_kind<float>(a, stream);
+    case DType::kBFloat16:
+      return forward_kind<__nv_bfloat16>(a, stream);
+    case DType::kFloat16:
+      return forward_kind<__half>(a, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+}  // namespace dijiang::cuda

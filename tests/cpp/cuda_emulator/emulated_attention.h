@@ -1,0 +1,254 @@
+// A problem of the oracle as the CUDA launchers take it: typed, strided, in exact-size buffers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <memory>
+#include <vector>
+
+#include "dijiang/core/linear_attention_cuda.h"
+#include "oracle.h"
+
+namespace emulated {
+
+using dijiang::DType;
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  static constexpr DType dtype = DType::kFloat32;
+  static float narrow(double x) { return float(x); }
+  static double widen(float x) { return x; }
+};
+template <>
+struct Traits<__nv_bfloat16> {
+  static constexpr DType dtype = DType::kBFloat16;
+  static __nv_bfloat16 narrow(double x) { return __float2bfloat16_rn(float(x)); }
+  static double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+};
+template <>
+struct Traits<__half> {
+  static constexpr DType dtype = DType::kFloat16;
+  static __half narrow(double x) { return __float2half_rn(float(x)); }
+  static double widen(__half x) { return __half2float(x); }
+};
+template <class T>
+double round_to(double x) {
+  return Traits<T>::widen(Traits<T>::narrow(x));
+}
+
+template <class T>
+std::vector<double> widen(const std::vector<T>& x) {
+  std::vector<double> y;
+  for (const T& e : x) y.push_back(Traits<T>::widen(e));
+  return y;
+}
+inline std::vector<double> widen(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+
+// (batch, heads, seqlen, dim), laid out as the model would leave it rather than densely.
+template <class T>
+struct Tensor {
+  std::vector<T> data;
+  dijiang::ConstView view;
+
+  // heads_inside: memory order (batch, seqlen, heads, dim); step: every step-th element is used.
+  Tensor(const std::vector<double>& dense, int batch, int heads, int seqlen, int dim,
+         bool heads_inside, int step) {
+    view.stride_dim = step;
+    view.stride_head = int64_t{dim} * step * (heads_inside ? 1 : seqlen);
+    view.stride_seq = int64_t{dim} * step * (heads_inside ? heads : 1);
+    view.stride_batch = int64_t{dim} * step * heads * seqlen;
+    data.assign(dense.size() * step, Traits<T>::narrow(NAN));
+    size_t i = 0;
+    for (int b = 0; b < batch; ++b) {
+      for (int h = 0; h < heads; ++h) {
+        for (int t = 0; t < seqlen; ++t) {
+          for (int j = 0; j < dim; ++j) {
+            data[b * view.stride_batch + h * view.stride_head + t * view.stride_seq +
+                 j * view.stride_dim] = Traits<T>::narrow(dense[i++]);
+          }
+        }
+      }
+    }
+    view.data = data.data();
+  }
+  dijiang::ConstView from(int64_t token) const {
+    dijiang::ConstView v = view;
+    v.data = data.data() + token * view.stride_seq;
+    return v;
+  }
+};
+
+template <class T>
+struct State {
+  std::vector<float> kv, z, log_scale, window_decay;
+  std::vector<T> window_k, window_v, sink_k, sink_v;
+  std::vector<int64_t> length;
+
+  explicit State(const oracle::Problem& p) {
+    const size_t cells = p.sequences().size() * p.kv_heads;
+    kv.assign(cells * p.features * p.dim_v, 0.0f);
+    z.assign(cells * p.features, 0.0f);
+    log_scale.assign(cells * p.features, float(dijiang::kEmptyLogScale));
+    // What a slot holds before its time is unspecified: NaN shows a read.
+    window_decay.assign(p.decay ? cells * 2 * p.window : 0, NAN);
+    window_k.assign(cells * 2 * p.window * p.dim, Traits<T>::narrow(NAN));
+    window_v.assign(cells * 2 * p.window * p.dim_v, Traits<T>::narrow(NAN));
+    sink_k.assign(cells * p.sinks * p.dim, Traits<T>::narrow(NAN));
+    sink_v.assign(cells * p.sinks * p.dim_v, Traits<T>::narrow(NAN));
+    length.assign(p.window + p.sinks > 0 ? p.sequences().size() : 0, 0);
+  }
+  dijiang::AttentionState pointers() {
+    const auto data = [](auto& x) -> decltype(x.data()) { return x.empty() ? nullptr : x.data(); };
+    dijiang::AttentionState s;
+    s.kv = data(kv);
+    s.z = data(z);
+    s.log_scale = data(log_scale);
+    s.window_k = data(window_k);
+    s.window_v = data(window_v);
+    s.window_decay = data(window_decay);
+    s.sink_k = data(sink_k);
+    s.sink_v = data(sink_v);
+    s.length = data(length);
+    return s;
+  }
+  std::vector<double> true_kv(int dim_v) const {
+    std::vector<double> x;
+    for (size_t i = 0; i < kv.size(); ++i) {
+      x.push_back(std::ldexp(double(kv[i]), int(std::max(log_scale[i / dim_v], -1e6f))));
+    }
+    return x;
+  }
+  std::vector<double> true_z() const {
+    std::vector<double> x;
+    for (size_t i = 0; i < z.size(); ++i) {
+      x.push_back(std::ldexp(double(z[i]), int(std::max(log_scale[i], -1e6f))));
+    }
+    return x;
+  }
+};
+
+template <class T>
+struct Call {
+  const oracle::Problem& p;
+  Tensor<T> q, k, v, grad_out;
+  std::vector<float> omega_q, omega_k, weight_q, weight_k, beta_q, beta_k, log_decay;
+  std::vector<int32_t> segments;
+  std::vector<T> out;
+  std::vector<float> row_scale, row_sum;
+
+  explicit Call(const oracle::Problem& problem)
+      : p(problem),
+        q(p.q, p.batch, p.heads, p.seqlen, p.dim, true, 1),
+        k(p.k, p.batch, p.kv_heads, p.seqlen, p.dim, false, 1),
+        v(p.v, p.batch, p.kv_heads, p.seqlen, p.dim_v, true, 2),
+        grad_out(p.grad_out, p.batch, p.heads, p.seqlen, p.dim_v, true, 1),
+        omega_q(p.omega_q.begin(), p.omega_q.end()),
+        omega_k(p.omega_k.begin(), p.omega_k.end()),
+        weight_q(p.weight_q.begin(), p.weight_q.end()),
+        weight_k(p.weight_k.begin(), p.weight_k.end()),
+        beta_q(p.beta_q.begin(), p.beta_q.end()),
+        beta_k(p.beta_k.begin(), p.beta_k.end()),
+        log_decay(p.log_decay.begin(), p.log_decay.end()) {
+    for (const auto& s : p.segments) segments.insert(segments.end(), s.begin(), s.end());
+    out.assign(size_t(p.batch) * p.heads * p.seqlen * p.dim_v, Traits<T>::narrow(0.0));
+    row_scale.assign(size_t(p.batch) * p.heads * p.seqlen, 0.0f);
+    row_sum.assign(size_t(p.batch) * p.heads * p.seqlen, 0.0f);
+  }
+
+  dijiang::LinearAttentionParams params() {
+    const auto data = [](const auto& x) { return x.empty() ? nullptr : x.data(); };
+    dijiang::LinearAttentionParams a;
+    a.dtype = Traits<T>::dtype;
+    a.kind = p.kind;
+    a.batch = p.batch;
+    a.num_heads = p.heads;
+    a.num_kv_heads = p.kv_heads;
+    a.seqlen = p.seqlen;
+    a.headdim = p.dim;
+    a.headdim_v = p.dim_v;
+    a.num_features = p.features;
+    a.q = q.view;
+    a.k = k.view;
+    a.v = v.view;
+    a.fq = {data(omega_q), data(weight_q), data(beta_q)};
+    a.fk = {data(omega_k), data(weight_k), data(beta_k)};
+    a.scale = p.scale;
+    a.window = p.window;
+    a.sinks = p.sinks;
+    a.normalize = p.normalize;
+    a.eps = p.eps;
+    if (p.decay) {
+      a.log_decay = log_decay.data();
+      a.log_decay_stride_seq = 1;
+      a.log_decay_stride_head = p.seqlen;
+      a.log_decay_stride_batch = int64_t{p.seqlen} * p.kv_heads;
+    }
+    if (!segments.empty()) a.segments = segments.data();
+    a.num_seqs = int64_t(p.sequences().size());
+    a.out = out.data();
+    a.row_scale = row_scale.data();
+    a.row_sum = row_sum.data();
+    return a;
+  }
+
+  // In one go.
+  cudaError_t forward(State<T>* final_state = nullptr) {
+    dijiang::LinearAttentionParams a = params();
+    if (final_state) a.final = final_state->pointers();
+    return run(a);
+  }
+
+  // Tokens [begin, end) of every row, from one state to the next; `out` gets its part.
+  cudaError_t forward_part(int begin, int end, State<T>& from, State<T>& to) {
+    dijiang::LinearAttentionParams a = part(begin, end);
+    std::vector<T> piece(size_t(p.batch) * p.heads * (end - begin) * p.dim_v);
+    a.out = piece.data();
+    a.initial = from.pointers();
+    a.final = to.pointers();
+    const cudaError_t error = run(a);
+    place(piece, begin, end);
+    return error;
+  }
+
+  cudaError_t update(int token, State<T>& state) {
+    dijiang::LinearAttentionParams a = part(token, token + 1);
+    std::vector<T> piece(size_t(p.batch) * p.heads * p.dim_v);
+    a.out = piece.data();
+    a.final = state.pointers();
+    const cudaError_t error = dijiang::cuda::linear_attention_update(a, nullptr);
+    place(piece, token, token + 1);
+    return error;
+  }
+
+ private:
+  dijiang::LinearAttentionParams part(int begin, int end) {
+    dijiang::LinearAttentionParams a = params();
+    a.q = q.from(begin);
+    a.k = k.from(begin);
+    a.v = v.from(begin);
+    if (p.decay) a.log_decay = log_decay.data() + begin;
+    a.seqlen = end - begin;
+    a.row_scale = nullptr;
+    a.row_sum = nullptr;
+    return a;
+  }
+  void place(const std::vector<T>& piece, int begin, int end) {
+    const int count = end - begin;
+    for (int row = 0; row < p.batch * p.heads; ++row) {
+      std::copy_n(piece.begin() + int64_t{row} * count * p.dim_v, count * p.dim_v,
+                  out.begin() + (int64_t{row} * p.seqlen + begin) * p.dim_v);
+    }
+  }
+  static cudaError_t run(const dijiang::LinearAttentionParams& a) {
+    const size_t bytes = dijiang::cuda::linear_attention_forward_workspace(a);
+    std::unique_ptr<char, decltype(&std::free)> workspace(
+        static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), &std::free);
+    std::memset(workspace.get(), 0xFF, bytes);  // NaN
+    return dijiang::cuda::linear_attention_forward(a, workspace.get(), nullptr);
+  }
+};
+
+}  // namespace emulated

@@ -1,0 +1,288 @@
+// The CUDA forward kernels, run by the emulator, against the definition in double.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "cuda/linear_attention_forward.cu"
+#include "cuda/linear_attention_update.cu"
+#include "emulated_attention.h"
+
+namespace {
+
+using dijiang::FeatureKind;
+using emulated::Call;
+using emulated::State;
+using oracle::Problem;
+
+// The largest difference, against the largest value.
+double error(const std::vector<double>& got, const std::vector<double>& want) {
+  double most = 0.0, size = 1e-30;
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (!(std::fabs(got[i]) <= 1e300)) return INFINITY;
+    most = std::fmax(most, std::fabs(got[i] - want[i]));
+    size = std::fmax(size, std::fabs(want[i]));
+  }
+  return most / size;
+}
+
+template <class T>
+double tolerance() {
+  // The output's own rounding, and float sums.
+  return std::is_same_v<T, float> ? 1e-5 : std::is_same_v<T, __half> ? 1.5e-3 : 6e-3;
+}
+
+template <class T>
+void check(Problem p, unsigned seed = 1) {
+  p.fill(seed, emulated::round_to<T>);
+  const oracle::Result want = oracle::run(p, false);
+  Call<T> call(p);
+  State<T> state(p);
+  ASSERT_EQ(call.forward(&state), cudaSuccess);
+  EXPECT_LT(error(emulated::widen(call.out), want.out), tolerance<T>());
+  if (p.normalize) {
+    for (const auto& s : p.sequences()) {
+      for (int h = 0; h < p.heads; ++h) {
+        for (int t = s[1]; t < s[2]; ++t) {
+          const int64_t row = p.row(h, p.heads, s[0], t);
+          if (want.log_sum[row] == INFINITY) {
+            EXPECT_EQ(call.row_sum[row], INFINITY);
+            continue;
+          }
+          const double got = (std::log2(call.row_sum[row]) + call.row_scale[row]) * std::log(2.0);
+          EXPECT_GE(call.row_sum[row], 1.0f);
+          EXPECT_LT(call.row_sum[row], 2.0f);
+          EXPECT_NEAR(got, want.log_sum[row], 100 * tolerance<float>() + tolerance<T>());
+        }
+      }
+    }
+  }
+  EXPECT_LT(error(state.true_kv(p.dim_v), want.kv), tolerance<T>());
+  EXPECT_LT(error(state.true_z(), want.z), tolerance<T>());
+}
+
+std::string name(const Problem& p) {
+  return "kind " + std::to_string(int(p.kind)) + " window " + std::to_string(p.window) + " sinks " +
+         std::to_string(p.sinks) + " decay " + std::to_string(p.decay) + " seqlen " +
+         std::to_string(p.seqlen) + " normalize " + std::to_string(p.normalize);
+}
+
+template <class T>
+void check_grid() {
+  for (const FeatureKind kind :
+       {FeatureKind::kGiven, FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+    for (const int window : {0, 1, 5, 16, 64, 70}) {
+      for (const bool decay : {false, true}) {
+        Problem p;
+        p.kind = kind;
+        p.window = window;
+        p.decay = decay;
+        p.sinks = window % 2 == 0 ? 3 : 0;
+        p.seqlen = window >= 64 ? 230 : 100;
+        SCOPED_TRACE(name(p));
+        check<T>(p);
+      }
+    }
+  }
+}
+
+TEST(EmulatedForward, Float) { check_grid<float>(); }
+TEST(EmulatedForward, BFloat16) { check_grid<__nv_bfloat16>(); }
+TEST(EmulatedForward, Half) { check_grid<__half>(); }
+
+TEST(EmulatedForward, Shapes) {
+  for (const int dim_v : {3, 80, 200}) {
+    Problem p;
+    p.heads = 4;
+    p.kv_heads = 2;
+    p.batch = 2;
+    p.seqlen = 70;
+    p.dim = 33;
+    p.dim_v = dim_v;
+    p.features = 70;
+    p.window = 16;
+    SCOPED_TRACE(dim_v);
+    check<float>(p);
+    p.window = 0;
+    check<__nv_bfloat16>(p);
+  }
+}
+
+TEST(EmulatedForward, NoFeatures) {
+  Problem p;
+  p.features = 0;
+  p.window = 16;
+  p.sinks = 4;
+  check<float>(p);
+  p.window = 0;
+  check<float>(p);
+}
+
+TEST(EmulatedForward, NotNormalizedAndEps) {
+  Problem p;
+  p.normalize = false;
+  check<float>(p);
+  p.window = 16;
+  check<float>(p);
+  p.normalize = true;
+  p.eps = 0.5;
+  check<float>(p);
+}
+
+TEST(EmulatedForward, PackedAndPadded) {
+  for (const int window : {0, 5, 64}) {
+    Problem p;
+    p.batch = 2;
+    p.seqlen = 150;
+    p.window = window;
+    p.sinks = 2;
+    p.decay = true;
+    p.segments = {{0, 0, 1}, {0, 1, 100}, {0, 100, 100}, {1, 7, 140}};
+    SCOPED_TRACE(name(p));
+    check<float>(p);
+  }
+}
+
+template <class T>
+void check_split(Problem p, const std::vector<int>& cuts, bool update_rest) {
+  p.fill(3, emulated::round_to<T>);
+  const oracle::Result want = oracle::run(p, false);
+  Call<T> call(p);
+  State<T> state(p);
+  int begin = 0;
+  for (const int end : cuts) {
+    State<T> next(p);
+    ASSERT_EQ(call.forward_part(begin, end, state, next), cudaSuccess);
+    state = next;
+    begin = end;
+  }
+  if (update_rest) {
+    for (; begin < p.seqlen; ++begin) ASSERT_EQ(call.update(begin, state), cudaSuccess);
+  }
+  EXPECT_LT(error(emulated::widen(call.out), want.out), tolerance<T>());
+  EXPECT_LT(error(state.true_kv(p.dim_v), want.kv), tolerance<T>());
+  EXPECT_LT(error(state.true_z(), want.z), tolerance<T>());
+  for (const int64_t length : state.length) EXPECT_EQ(length, p.seqlen);
+}
+
+TEST(EmulatedForward, SplitAnywhereWithCarriedState) {
+  for (const int window : {0, 1, 5, 16, 64}) {
+    for (const int sinks : {0, 7}) {
+      Problem p;
+      p.batch = 2;
+      p.seqlen = window == 64 ? 300 : 90;
+      p.window = window;
+      p.sinks = sinks;
+      p.decay = true;
+      SCOPED_TRACE(name(p));
+      const int n = p.seqlen;
+      check_split<float>(p, {1, 2, 2, 10, 11, 64, 65, 80, n}, false);
+      p.decay = false;
+      p.kind = FeatureKind::kGiven;
+      check_split<float>(p, {5, 15, 16, 31, n}, false);
+      check_split<__nv_bfloat16>(p, {32, 48, n}, false);
+    }
+  }
+}
+
+// 2^60 and more between the features of one chunk: rows before the largest key are exact.
+TEST(EmulatedForward, ExactRows) {
+  for (const bool decay : {false, true}) {
+    for (const int window : {0, 5}) {
+      Problem p;
+      p.decay = decay;
+      p.window = window;
+      p.size = 30.0;
+      p.beta = false;
+      p.seqlen = 80;
+      SCOPED_TRACE(name(p));
+      p.fill(5, emulated::round_to<float>);
+      const oracle::Result want = oracle::run(p, false);
+      Call<float> call(p);
+      ASSERT_EQ(call.forward(), cudaSuccess);
+      // Exponents of a few hundred carry fewer bits behind the point.
+      EXPECT_LT(error(emulated::widen(call.out), want.out), 3e-4);
+      p.kind = FeatureKind::kGiven;
+      p.fill(6, emulated::round_to<float>);
+      for (size_t i = 0; i < p.k.size(); ++i) p.k[i] *= std::ldexp(1.0, int(i / p.dim % 80) * 3 - 120);
+      for (size_t i = 0; i < p.q.size(); ++i) p.q[i] *= std::ldexp(1.0, int(i * 7 % 100) - 50);
+      Call<float> given(p);
+      ASSERT_EQ(given.forward(), cudaSuccess);
+      EXPECT_LT(error(emulated::widen(given.out), oracle::run(p, false).out), 2e-5);
+    }
+  }
+}
+
+TEST(EmulatedForward, ExtremesStayFinite) {
+  for (const FeatureKind kind :
+       {FeatureKind::kGiven, FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+    for (const int window : {0, 16}) {
+      Problem p;
+      p.kind = kind;
+      p.window = window;
+      p.size = 1e4;
+      p.seqlen = 90;
+      p.fill(7, emulated::round_to<__nv_bfloat16>);
+      Call<__nv_bfloat16> call(p);
+      ASSERT_EQ(call.forward(), cudaSuccess);
+      for (const double x : emulated::widen(call.out)) ASSERT_TRUE(std::fabs(x) < 10.0);
+    }
+  }
+}
+
+// No bit of an output depends on a later token.
+TEST(EmulatedForward, FutureChangesNothing) {
+  for (const int window : {0, 5, 16}) {
+    for (const double size : {1.0, 20.0}) {
+      Problem p;
+      p.window = window;
+      p.decay = true;
+      p.seqlen = 75;
+      p.size = size;
+      p.fill(8, emulated::round_to<float>);
+      Call<float> call(p);
+      ASSERT_EQ(call.forward(), cudaSuccess);
+      Problem changed = p;
+      const int from = 40;
+      for (int t = from; t < p.seqlen; ++t) {
+        for (int j = 0; j < p.dim; ++j) changed.k[t * p.dim + j] = -9.0 * p.k[t * p.dim + j];
+      }
+      Call<float> other(changed);
+      ASSERT_EQ(other.forward(), cudaSuccess);
+      for (int h = 0; h < p.heads; ++h) {
+        for (int i = 0; i < from * p.dim_v; ++i) {
+          const int64_t at = p.row(h, p.heads, 0, 0) * p.dim_v + i;
+          ASSERT_EQ(call.out[at], other.out[at]) << "window " << window << " size " << size;
+        }
+      }
+    }
+  }
+}
+
+// A race would make results depend on the order in which threads run.
+TEST(EmulatedForward, OrderOfThreadsChangesNothing) {
+  for (const int window : {0, 5}) {
+    Problem p;
+    p.window = window;
+    p.sinks = 2;
+    p.decay = true;
+    p.size = 20.0;
+    p.seqlen = 70;
+    p.dim_v = 80;
+    p.fill(9, emulated::round_to<__nv_bfloat16>);
+    const auto run = [&](cuda_emulator::Schedule schedule) {
+      cuda_emulator::set_schedule(schedule);
+      Call<__nv_bfloat16> call(p);
+      State<__nv_bfloat16> state(p);
+      EXPECT_EQ(call.forward(&state), cudaSuccess);
+      cuda_emulator::set_schedule(cuda_emulator::Schedule::kAscending);
+      auto all = emulated::widen(call.out);
+      all.insert(all.end(), state.kv.begin(), state.kv.end());
+      return all;
+    };
+    const auto first = run(cuda_emulator::Schedule::kAscending);
+    EXPECT_EQ(first, run(cuda_emulator::Schedule::kDescending));
+    EXPECT_EQ(first, run(cuda_emulator::Schedule::kShuffled));
+  }
+}
+
+}  // namespace
