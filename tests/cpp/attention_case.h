@@ -1,0 +1,219 @@
+// A reference::Problem as the kernels take it: tensors in a dtype, a parameter struct, the runs.
+#pragma once
+
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/dtype.h"
+#include "reference.h"
+
+namespace dijiang::testing {
+
+using reference::Array;
+using reference::Problem;
+
+// Elements of one of the four dtypes.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(DType dtype, size_t count) : dtype_(dtype), count_(count), bytes_(count * 8) {}
+  Tensor(DType dtype, const Array& values) : Tensor(dtype, values.size()) {
+    cpu::dispatch_dtype(dtype, [&](auto tag) {
+      using T = decltype(tag);
+      for (size_t i = 0; i < count_; ++i) {
+        static_cast<T*>(data())[i] = cpu::from_acc<T>(static_cast<cpu::AccOf<T>>(values[i]));
+      }
+    });
+  }
+  void* data() { return bytes_.empty() ? nullptr : bytes_.data(); }
+  const void* data() const { return bytes_.empty() ? nullptr : bytes_.data(); }
+  size_t size() const { return count_; }
+  Array values() const {
+    Array result(count_);
+    cpu::dispatch_dtype(dtype_, [&](auto tag) {
+      using T = decltype(tag);
+      for (size_t i = 0; i < count_; ++i) {
+        result[i] = cpu::to_acc(static_cast<const T*>(data())[i]);
+      }
+    });
+    return result;
+  }
+
+ private:
+  DType dtype_ = DType::kFloat64;
+  size_t count_ = 0;
+  std::vector<char> bytes_;
+};
+
+inline DType acc_of(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+inline double unit_roundoff(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 0x1p-53;
+    case DType::kFloat32: return 0x1p-24;
+    case DType::kFloat16: return 0x1p-11;
+    case DType::kBFloat16: return 0x1p-8;
+  }
+  return 0;
+}
+
+struct State {
+  Tensor kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v;
+  std::vector<int64_t> length;
+
+  State() = default;
+  State(const Problem& p, DType dtype) {
+    const DType acc = acc_of(dtype);
+    const int64_t rows = p.num_seqs() * p.kv_heads;
+    kv = Tensor(acc, Array(rows * p.m * p.dv));
+    z = Tensor(acc, Array(rows * p.m));
+    log_scale = Tensor(acc, Array(rows * p.m, kEmptyLogScale));
+    if (p.window == 0 && p.sinks == 0) return;
+    // What no slot holds yet is unspecified: NaN shows when a kernel reads it.
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    window_k = Tensor(dtype, Array(rows * 2 * p.window * p.d, nan));
+    window_v = Tensor(dtype, Array(rows * 2 * p.window * p.dv, nan));
+    if (!p.log_decay.empty()) window_decay = Tensor(acc, Array(rows * 2 * p.window, nan));
+    sink_k = Tensor(dtype, Array(rows * p.sinks * p.d, nan));
+    sink_v = Tensor(dtype, Array(rows * p.sinks * p.dv, nan));
+    length.assign(p.num_seqs(), 0);
+  }
+
+  AttentionState view() {
+    AttentionState s;
+    s.kv = kv.data();
+    s.z = z.data();
+    s.log_scale = log_scale.data();
+    s.window_k = window_k.data();
+    s.window_v = window_v.data();
+    s.window_decay = window_decay.data();
+    s.sink_k = sink_k.data();
+    s.sink_v = sink_v.data();
+    s.length = length.empty() ? nullptr : length.data();
+    return s;
+  }
+};
+
+inline ConstView view_of(const Tensor& x, int64_t heads, int64_t seqlen, int64_t dim) {
+  return {x.data(), heads * seqlen * dim, seqlen * dim, dim, 1};
+}
+
+// The problem's tensors rounded to dtype, and the problem with the rounded values.
+class Case {
+ public:
+  Case(const Problem& problem, DType dtype) : dtype(dtype), p(problem) {
+    const DType acc = acc_of(dtype);
+    const auto round = [](Array& values, DType to) {
+      Tensor tensor(to, values);
+      values = tensor.values();
+      return tensor;
+    };
+    q = round(p.q, dtype);
+    k = round(p.k, dtype);
+    v = round(p.v, dtype);
+    omega_q = round(p.omega_q, acc);
+    weight_q = round(p.weight_q, acc);
+    beta_q = round(p.beta_q, acc);
+    omega_k = round(p.omega_k, acc);
+    weight_k = round(p.weight_k, acc);
+    beta_k = round(p.beta_k, acc);
+    log_decay = round(p.log_decay, acc);
+    out = Tensor(dtype, Array(p.batch * p.heads * p.seqlen * p.dv));
+    row_scale = Tensor(acc, Array(p.batch * p.heads * p.seqlen));
+    row_sum = Tensor(acc, Array(p.batch * p.heads * p.seqlen));
+    if (!p.kv.empty()) {
+      initial = State(p, dtype);
+      initial.kv = round(p.kv, acc);
+      initial.z = round(p.z, acc);
+      initial.log_scale = Tensor(acc, Array(p.z.size()));
+    }
+    final = State(p, dtype);
+  }
+
+  LinearAttentionParams params() {
+    LinearAttentionParams s;
+    s.dtype = dtype;
+    s.kind = p.kind;
+    s.batch = p.batch;
+    s.num_heads = p.heads;
+    s.num_kv_heads = p.kv_heads;
+    s.seqlen = p.seqlen;
+    s.headdim = p.d;
+    s.headdim_v = p.dv;
+    s.num_features = p.m;
+    s.q = view_of(q, p.heads, p.seqlen, p.d);
+    s.k = view_of(k, p.kv_heads, p.seqlen, p.d);
+    s.v = view_of(v, p.kv_heads, p.seqlen, p.dv);
+    s.fq = {omega_q.data(), weight_q.data(), beta_q.data()};
+    s.fk = {omega_k.data(), weight_k.data(), beta_k.data()};
+    s.scale = p.scale;
+    s.window = p.window;
+    s.sinks = p.sinks;
+    s.normalize = p.normalize;
+    s.eps = p.eps;
+    s.log_decay = log_decay.data();
+    s.log_decay_stride_batch = p.kv_heads * p.seqlen;
+    s.log_decay_stride_head = p.seqlen;
+    s.log_decay_stride_seq = 1;
+    s.segments = p.segments.empty() ? nullptr : p.segments.data();
+    s.num_seqs = p.num_seqs();
+    s.initial = initial.view();
+    s.final = final.view();
+    s.out = out.data();
+    s.row_scale = row_scale.data();
+    s.row_sum = row_sum.data();
+    return s;
+  }
+
+  Array forward() {
+    const LinearAttentionParams s = params();
+    cpu::linear_attention_forward(s, 0, cpu::linear_attention_num_tasks(s));
+    return out.values();
+  }
+
+  DType dtype;
+  Problem p;
+  Tensor q, k, v, omega_q, weight_q, beta_q, omega_k, weight_k, beta_k, log_decay;
+  Tensor out, row_scale, row_sum;
+  State initial, final;
+};
+
+// Fills whatever the sizes of p ask for with random numbers.
+inline Problem random_problem(Problem p, bool decay = false, bool state = false, int seed = 0) {
+  std::mt19937 generator(seed);
+  const auto normal = [&](int64_t count, double deviation, bool positive = false) {
+    std::normal_distribution<double> distribution(0, deviation);
+    Array x(count);
+    for (double& e : x) e = positive ? std::exp(distribution(generator)) : distribution(generator);
+    return x;
+  };
+  const bool given = p.kind == FeatureKind::kGiven;
+  if (given) p.d = p.m;
+  p.q = normal(p.batch * p.heads * p.seqlen * p.d, 1, given);
+  p.k = normal(p.batch * p.kv_heads * p.seqlen * p.d, 1, given);
+  p.v = normal(p.batch * p.kv_heads * p.seqlen * p.dv, 1);
+  if (!given && p.m > 0) {
+    p.omega_q = normal(p.heads * p.m * p.d, 0.5);
+    p.omega_k = normal(p.kv_heads * p.m * p.d, 0.5);
+    p.weight_q = normal(p.heads * p.m, 0.5);
+    p.weight_k = normal(p.kv_heads * p.m, 0.5);
+    if (p.kind == FeatureKind::kExp) {
+      p.beta_q = normal(p.heads, 0.3);
+      p.beta_k = normal(p.kv_heads, 0.3);
+    }
+  }
+  if (decay) {
+    p.log_decay = normal(p.batch * p.kv_heads * p.seqlen, 0.5);
+    for (double& e : p.log_decay) e = -std::abs(e);
+  }
+  if (state) {
+    p.kv = normal(p.num_seqs() * p.kv_heads * p.m * p.dv, 1);
+    p.z = normal(p.num_seqs() * p.kv_heads * p.m, 1, true);
+  }
+  return p;
+}
+
+}  // namespace dijiang::testing

@@ -1,0 +1,217 @@
+#include "dijiang/core/linear_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "attention_case.h"
+
+namespace dijiang::testing {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr FeatureKind kKinds[] = {FeatureKind::kGiven, FeatureKind::kExp, FeatureKind::kSoftmax,
+                                  FeatureKind::kElu};
+
+std::string describe(const Problem& p, DType dtype) {
+  return "kind " + std::to_string(int(p.kind)) + " dtype " + std::to_string(int(dtype)) +
+         " window " + std::to_string(p.window) + " sinks " + std::to_string(p.sinks) + " groups " +
+         std::to_string(p.groups()) + " seqlen " + std::to_string(p.seqlen) + " m " +
+         std::to_string(p.m) + " decay " + std::to_string(!p.log_decay.empty()) + " state " +
+         std::to_string(!p.kv.empty()) + " normalize " + std::to_string(p.normalize);
+}
+
+double largest(const Array& x) {
+  double top = 0;
+  for (double e : x) top = std::max(top, std::abs(e));
+  return top;
+}
+
+// |got - want| <= tolerance * (1 + the largest |want|), NaN fails. Beyond the range of a float16
+// both are infinite.
+void expect_close(const Array& got, const Array& want, double tolerance, const std::string& what,
+                  DType dtype = DType::kFloat64) {
+  ASSERT_EQ(got.size(), want.size()) << what;
+  const double allowed = tolerance * (1 + largest(want));
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (got[i] == want[i]) continue;  // infinities too
+    if (dtype == DType::kFloat16 && std::abs(want[i]) > 65504 && got[i] * want[i] > 0) {
+      ASSERT_TRUE(std::isinf(got[i])) << what << ", element " << i << ": want " << want[i];
+      continue;
+    }
+    ASSERT_LE(std::abs(got[i] - want[i]), allowed)
+        << what << ", element " << i << ": got " << got[i] << ", want " << want[i];
+    ASSERT_FALSE(std::isnan(got[i])) << what << ", element " << i;
+  }
+}
+
+// Rounding of the output, and of float sums with exponents of a few tens.
+double tolerance_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 1e-12 : 2 * unit_roundoff(dtype) + 4e-6;
+}
+
+// Every combination of the forward's switches at small odd sizes.
+template <typename Body>
+void for_each_problem(Body&& body) {
+  int seed = 0;
+  for (FeatureKind kind : kKinds) {
+    for (int64_t window : {0, 1, 5, 8}) {
+      for (int64_t sinks : {0, 3}) {
+        if (kind == FeatureKind::kGiven && (window > 0 || sinks > 0)) continue;
+        for (bool decay : {false, true}) {
+          for (int64_t groups : {1, 3}) {
+            for (int64_t seqlen : {1, 7, 29, 131}) {
+              for (bool normalize : {true, false}) {
+                Problem p;
+                p.kind = kind;
+                p.batch = 2;
+                p.kv_heads = 2;
+                p.heads = 2 * groups;
+                p.seqlen = seqlen;
+                p.window = window;
+                p.sinks = sinks;
+                p.normalize = normalize;
+                p.scale = 0.5;
+                const bool state = window == 0 && sinks == 0 && seqlen % 2 == 1;
+                body(random_problem(p, decay, state, ++seed));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(LinearAttentionForward, EqualsTheDefinition) {
+  for_each_problem([](const Problem& problem) {
+    for (DType dtype : kDTypes) {
+      Case c(problem, dtype);
+      expect_close(c.forward(), reference::attention(c.p).out, tolerance_of(dtype),
+                   describe(c.p, dtype), dtype);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  });
+}
+
+// Tokens [begin, end) of a problem.
+Problem slice(const Problem& p, int64_t begin, int64_t end) {
+  Problem part = p;
+  part.seqlen = end - begin;
+  const auto cut = [&](const Array& x, int64_t heads, int64_t dim) {
+    Array y;
+    for (int64_t row = 0; !x.empty() && row < p.batch * heads; ++row) {
+      y.insert(y.end(), x.begin() + (row * p.seqlen + begin) * dim,
+               x.begin() + (row * p.seqlen + end) * dim);
+    }
+    return y;
+  };
+  part.q = cut(p.q, p.heads, p.d);
+  part.k = cut(p.k, p.kv_heads, p.d);
+  part.v = cut(p.v, p.kv_heads, p.dv);
+  part.log_decay = cut(p.log_decay, p.kv_heads, 1);
+  return part;
+}
+
+// Writes the rows of a piece that begins at token `begin` into the whole.
+void paste(const Problem& part, const Array& piece, int64_t begin, int64_t seqlen, Array& whole) {
+  whole.resize(part.batch * part.heads * seqlen * part.dv);
+  for (int64_t row = 0; row < part.batch * part.heads; ++row) {
+    std::copy_n(piece.begin() + row * part.seqlen * part.dv, part.seqlen * part.dv,
+                whole.begin() + (row * seqlen + begin) * part.dv);
+  }
+}
+
+// kv 2^log_scale and z 2^log_scale relative to the reference's scale `unit`.
+void expect_states_equal(State& got, State& want, double tolerance, const std::string& what) {
+  const Array scale = want.log_scale.values();
+  const auto relative = [&](const State& state, const Tensor& x) {
+    Array y = x.values();
+    const Array own = state.log_scale.values();
+    const size_t per = y.size() / own.size();
+    for (size_t i = 0; i < y.size(); ++i) y[i] *= std::exp2(own[i / per] - scale[i / per]);
+    return y;
+  };
+  if (scale.empty()) return;
+  expect_close(relative(got, got.z), want.z.values(), tolerance, what + " z");
+  expect_close(relative(got, got.kv), want.kv.values(), tolerance, what + " kv");
+  EXPECT_EQ(got.length, want.length) << what;
+}
+
+TEST(LinearAttentionForward, FinalStateEqualsTheDefinition) {
+  for_each_problem([](const Problem& problem) {
+    if (problem.heads != problem.kv_heads || !problem.normalize) return;
+    for (DType dtype : {DType::kFloat64, DType::kFloat32}) {
+      Case c(problem, dtype);
+      c.forward();
+      const reference::State want = reference::final_state(c.p, c.final.log_scale.values());
+      const std::string what = describe(c.p, dtype);
+      expect_close(c.final.kv.values(), want.kv, tolerance_of(dtype), what + " kv");
+      expect_close(c.final.z.values(), want.z, tolerance_of(dtype), what + " z");
+      for (int64_t length : c.final.length) EXPECT_EQ(length, problem.seqlen);
+    }
+  });
+}
+
+// A sequence cut at every place, in pieces of `step` after it, each from the state of the last.
+TEST(LinearAttentionForward, SplitAnywhereEqualsTheWhole) {
+  for_each_problem([](const Problem& problem) {
+    if (problem.seqlen != 29 || problem.heads != problem.kv_heads) return;
+    for (DType dtype : {DType::kFloat64, DType::kBFloat16}) {
+      Case whole(problem, dtype);
+      const Array want = whole.forward();
+      for (int64_t cut = 0; cut <= problem.seqlen; ++cut) {
+        for (int64_t step : {1, 3, 29}) {
+          if (step < 29 && cut % 7 != 1) continue;
+          Array got;
+          State state = whole.initial;
+          for (int64_t begin = 0; begin <= problem.seqlen;) {
+            const int64_t end =
+                begin < cut ? cut : std::min(begin + step, problem.seqlen);
+            Case part(slice(whole.p, begin, end), dtype);
+            part.initial = state;
+            paste(part.p, part.forward(), begin, problem.seqlen, got);
+            state = part.final;
+            if (begin == problem.seqlen) break;  // the last piece is empty
+            begin = end;
+          }
+          const std::string what = describe(whole.p, dtype) + " cut " + std::to_string(cut) +
+                                   " step " + std::to_string(step);
+          expect_close(got, want, tolerance_of(dtype), what);
+          expect_states_equal(state, whole.final, tolerance_of(dtype), what);
+          if (::testing::Test::HasFatalFailure()) return;
+        }
+      }
+    }
+  });
+}
+
+TEST(LinearAttentionUpdate, TokenByTokenEqualsTheForward) {
+  for_each_problem([](const Problem& problem) {
+    if (problem.seqlen != 29) return;
+    for (DType dtype : kDTypes) {
+      Case whole(problem, dtype);
+      const Array want = whole.forward();
+      Array got;
+      State state = whole.p.kv.empty() ? State(whole.p, dtype) : whole.initial;
+      for (int64_t t = 0; t < problem.seqlen; ++t) {
+        Case part(slice(whole.p, t, t + 1), dtype);
+        part.final = state;
+        const LinearAttentionParams params = part.params();
+        for (int64_t task = cpu::linear_attention_num_tasks(params) - 1; task >= 0; --task) {
+          cpu::linear_attention_update(params, task, task + 1);
+        }
+        cpu::linear_attention_update_finish(params);
+        paste(part.p, part.out.values(), t, problem.seqlen, got);
+        state = part.final;
+      }
+      const std::string what = describe(whole.p, dtype);
+      expect_close(got, want, tolerance_of(dtype), what);
+      expect_states_equal(state, whole.final, tolerance_of(dtype), what);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace dijiang::testing
