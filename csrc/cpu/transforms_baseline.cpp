@@ -1,0 +1,9 @@
+#include "cpu/isa.h"
+#include "cpu/dct_plan.h"
+#include "cpu/workspace.h"
+#include "dijiang/core/dct.h"
+#include "dijiang/core/feature_map.h"
+
+#define DIJIANG_ISA baseline
+#define DIJIANG_ISA_LEVEL 1
+#include "cpu/dct_kernel.h"
