@@ -5,7 +5,9 @@ What a layer must know of the batch travels in the place of the attention mask, 
 - None: every token of every row is real, one sequence a row;
 - int32 (batch, 2): seq_bounds, [begin, end) of the new tokens that are real, by row; where some
   layers keep softmax, (batch, 2 + kv_length), which adds the padding mask of the whole context;
-- int32 (N + 1,): cu_seqlens of packed sequences over batch * seqlen tokens.
+- int32 (N + 1,): cu_seqlens of packed sequences over batch * seqlen tokens;
+- int32 (): a mask that linear attention cannot follow. Refused by the layer that is given it, for
+  some models make masks (of a sliding window, say) that no layer uses.
 """
 
 from __future__ import annotations
@@ -75,16 +77,15 @@ def dijiang_mask(
     attention_mask=None, config=None, use_vmap=False, device=None, **kwargs,
 ):  # fmt: skip
     """What a layer must know of the batch: see the module's docstring."""
-    if use_vmap:
-        raise NotImplementedError(
-            "dijiang: this model adds a mask function of its own to the causal mask, which linear "
-            "attention cannot follow"
-        )
+    if use_vmap:  # a mask function of the model's own on top of the causal one
+        return torch.zeros((), dtype=torch.int32, device=device)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise NotImplementedError(_custom_mask(attention_mask))
     cu_seqlens = None
     if mask_function is not causal_mask_function:
         cu_seqlens = _packed_lengths(mask_function, batch_size, q_length, device)
+        if cu_seqlens is None:
+            return torch.zeros((), dtype=torch.int32, device=device)
     if attention_mask is None:
         return cu_seqlens
     if attention_mask.shape[1] < q_length:
@@ -220,6 +221,11 @@ def _unpack(mask):
         return None, None, None
     if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim > 2:
         raise NotImplementedError(_custom_mask(mask))
+    if mask.ndim == 0:
+        raise NotImplementedError(
+            "dijiang: this model's mask is neither causal nor of packed sequences (a sliding, "
+            "chunked or bidirectional one), which linear attention cannot follow"
+        )
     if mask.ndim == 1:
         return mask, None, None
     return None, mask[:, :2].contiguous(), mask[:, 2:] if mask.shape[1] > 2 else None
@@ -233,8 +239,11 @@ def _custom_mask(mask) -> str:
     )
 
 
-def _packed_lengths(mask_function, batch_size, length, device) -> Tensor:
-    """cu_seqlens over batch * length tokens, from a mask function that tells sequences apart."""
+def _packed_lengths(mask_function, batch_size, length, device) -> Tensor | None:
+    """cu_seqlens over batch * length tokens, from a mask function that tells sequences apart.
+
+    None if it does more than that: not every token sees its sequence's first, or one sees others.
+    """
     t = torch.arange(length, device=device)[None, :]
     row = torch.arange(batch_size, device=device)[:, None]
     head = torch.zeros_like(row)
@@ -250,10 +259,7 @@ def _packed_lengths(mask_function, batch_size, length, device) -> Tensor:
     others = (sees(t, later) & (later > t)) | (sees(t, before) & (before < first))
     causal = sees(t, first) & ~others
     if not bool(causal.all()):
-        raise NotImplementedError(
-            "dijiang: this model's mask is neither causal nor of packed sequences (a sliding, "
-            "chunked or bidirectional one), which linear attention cannot follow"
-        )
+        return None
     begins = starts.flatten().nonzero()[:, 0]
     return F.pad(begins, (0, 1), value=batch_size * length).to(torch.int32)
 

@@ -13,9 +13,15 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
+from transformers.masking_utils import find_packed_sequence_indices
 
-from .attention import NAME, kernel_mode, refused_arguments, softmax_attention
+from .attention import (
+    NAME,
+    dijiang_mask,
+    kernel_mode,
+    refused_arguments,
+    softmax_attention,
+)
 from .cache import DiJiangCache
 from .config import DiJiangConfig
 from .modules import AttentionKernel
@@ -213,7 +219,9 @@ def _probe(model) -> list[_Call]:
         if layer is None:
             asked.append("no layer_idx to find its cache by")
         elif layer in calls:
-            asked.append("a layer_idx that another attention has")
+            asked.append("a second call of attention in the same layer")
+        if attention_mask is not None:
+            asked.append("a mask that is not causal")
         reasons.extend(f"{path} has {reason}" for reason in asked)
         if not asked:
             calls[layer] = _Call(
@@ -224,8 +232,8 @@ def _probe(model) -> list[_Call]:
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(_PROBE, attend)
-    AttentionMaskInterface.register(_PROBE, sdpa_mask)
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    AttentionMaskInterface.register(_PROBE, dijiang_mask)
+    ids = torch.arange(2, 10, device=model.device)[None] % model.config.vocab_size
     before, training = model.config._attn_implementation, model.training
     try:
         model.eval()
