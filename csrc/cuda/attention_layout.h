@@ -16,9 +16,9 @@ constexpr int kChunk = 64;
 constexpr float kUnsafeSum = 8.673617379884035e-19f;  // 2^-60: see docs/numerics.md
 
 struct Chunk {
-  int seq;            // of num_seqs
-  int batch;          // row of q, k, v
-  int query_token;    // of the first query, in the batch row
+  int seq;          // of num_seqs
+  int batch;        // row of q, k, v
+  int query_token;  // of the first query, in the batch row
   int query_count;
   int64_t query_pos;  // in the sequence
   int64_t key_pos;    // of the first key folded here
@@ -31,26 +31,27 @@ struct Chunk {
 // Dense float buffers over tokens have the shape (batch, heads, seqlen, ...), those over chunks
 // (chunk, kv heads, ...).
 struct Workspace {
-  int32_t* first_chunk;       // (num_seqs + 1): prefix sums of the sequences' chunk counts
+  int32_t* first_chunk;  // (num_seqs + 1): prefix sums of the sequences' chunk counts
   Chunk* chunks;
-  double* levels;             // (chunk, kv heads, chunk_size + window): base-2 decay summed from
-                              // key_pos on, the position's own included; null: no decay
-  float* query_features;      // base-2 exponents (values when given)
+  double* levels;         // (chunk, kv heads, chunk_size + window): base-2 decay summed from
+                          // key_pos on, the position's own included; null: no decay
+  float* query_features;  // base-2 exponents (values when given)
   float* key_features;
-  float* window_features;     // (num_seqs, kv heads, 2 window, num_features)
-  float* chunk_scale;         // (.., num_features): M of the chunk's own keys without decay
-  float* local_scale;         // (.., num_features): M of the chunk's keys at its end
-  float* scale;               // (.., num_features): M of the state before the chunk
-  float* kv;                  // (.., num_features, headdim_v): local, then before the chunk
-  float* z;                   // (.., num_features): likewise
-  float* row_scale;           // r over query tokens
-  uint8_t* exact;             // rows that underflowed, over query tokens
+  float* window_features;  // (num_seqs, kv heads, 2 window, num_features)
+  float* chunk_scale;      // (.., num_features): M of the chunk's own keys without decay
+  float* local_scale;      // (.., num_features): M of the chunk's keys at its end
+  float* scale;            // (.., num_features): M of the state before the chunk
+  float* kv;               // (.., num_features, headdim_v): local, then before the chunk
+  float* z;                // (.., num_features): likewise
+  float* row_scale;        // r over query tokens
+  float* near_scale;       // its near part
+  uint8_t* exact;          // rows that underflowed, over query tokens
 };
 
 struct Attention {
   LinearAttentionParams params;
   Workspace work;
-  int group;           // query heads a kv head
+  int group;  // query heads a kv head
   int chunk_size;
   int row_tiles;       // tiles of 64 queries a chunk
   int64_t max_chunks;  // at most; the true number is first_chunk[num_seqs]
@@ -103,14 +104,15 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   w.levels = arena.take<double>(a.has_decay ? cells * (a.chunk_size + p.window) : 0);
   w.query_features = arena.take<float>(p.batch * p.num_heads * p.seqlen * m);
   w.key_features = arena.take<float>(p.batch * p.num_kv_heads * p.seqlen * m);
-  w.window_features = arena.take<float>(
-      a.has_given_window ? seqs * p.num_kv_heads * 2 * p.window * m : 0);
+  w.window_features =
+      arena.take<float>(a.has_given_window ? seqs * p.num_kv_heads * 2 * p.window * m : 0);
   w.chunk_scale = arena.take<float>(cells * m);
   w.local_scale = arena.take<float>(cells * m);
   w.scale = arena.take<float>(cells * m);
   w.kv = arena.take<float>(cells * m * p.headdim_v);
   w.z = arena.take<float>(cells * m);
   w.row_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
+  w.near_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
   w.exact = arena.take<uint8_t>(p.batch * p.num_heads * p.seqlen);
   return a;
 }

@@ -95,8 +95,7 @@ static __global__ void __launch_bounds__(kThreads) build_chunks(Attention a) {
       const int64_t middle = (low + high) / 2;
       (a.work.first_chunk[middle] <= i ? low : high) = middle;
     }
-    a.work.chunks[i] =
-        make_chunk(a, low, find_sequence(a, low), i - a.work.first_chunk[low]);
+    a.work.chunks[i] = make_chunk(a, low, find_sequence(a, low), i - a.work.first_chunk[low]);
   }
 }
 
@@ -137,7 +136,7 @@ struct FeatureRows {
   FeatureParams feature;
   int64_t batch, heads, seqlen;
   int64_t dim, features;
-  float scale;  // sqrt(scale) log2 e
+  float scale;         // sqrt(scale) log2 e
   float square_scale;  // scale log2 e, for beta |x|^2
   FeatureKind kind;
   float* out;  // (batch, heads, seqlen, features)
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) local_states(Attention a) {
   auto* phi = reinterpret_cast<float*>(raw);  // [key][feature]
   float* values = phi + kDepthTile;           // [key][column]
   float* result = phi;
-  float* maxima = values + kDepthTile;        // (2, 4, 64), then (64) the final ones
+  float* maxima = values + kDepthTile;  // (2, 4, 64), then (64) the final ones
   float* scale = maxima + 8 * kRows;
   const LinearAttentionParams& p = a.params;
   const int64_t m = p.num_features, dv = p.headdim_v;
@@ -430,9 +429,8 @@ void launch_states(const Attention& a, cudaStream_t stream) {
                  kThreads, kLocalShared, stream, a);
   const auto element_tiles =
       static_cast<unsigned>(ceil_div(p.num_features * (p.headdim_v + 1), kThreads));
-  DIJIANG_LAUNCH(scan_states,
-                 dim3(static_cast<unsigned>(p.num_seqs) * element_tiles, kv_heads), kThreads, 0,
-                 stream, a);
+  DIJIANG_LAUNCH(scan_states, dim3(static_cast<unsigned>(p.num_seqs) * element_tiles, kv_heads),
+                 kThreads, 0, stream, a);
 }
 
 }  // namespace dijiang::cuda

@@ -50,8 +50,8 @@ __device__ inline void multiply_rows(float* x_tile, float* y_tile, float* result
     load_depth_tile(x_tile, x_rows, k0, width, x_row);
     load_depth_tile(y_tile, y_rows, k0, width, y_row);
     __syncthreads();
-    product.template multiply<Order::kRowMajor, Order::kColumnMajor>(
-        x_tile, kDepthStride, y_tile, kDepthStride, kDepth);
+    product.template multiply<Order::kRowMajor, Order::kColumnMajor>(x_tile, kDepthStride, y_tile,
+                                                                     kDepthStride, kDepth);
   }
   __syncthreads();
   product.store(result, kRowStride);

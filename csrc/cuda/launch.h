@@ -1,5 +1,5 @@
 // How kernels are started and name their dynamic shared memory. The same sources run on a GPU and
-// under tests/cpp/cuda_emulator, which brings its own two macros.
+// under tests/cpp/cuda_emulator, which brings its own macros.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,10 @@
 #ifndef DIJIANG_CUDA_EMULATION
 #define DIJIANG_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   kernel<<<(grid), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__)
+
+// Before a loop; no argument: unrolled fully.
+#define DIJIANG_PRAGMA(text) _Pragma(#text)
+#define DIJIANG_UNROLL(times) DIJIANG_PRAGMA(unroll times)
 
 #define DIJIANG_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
 #endif

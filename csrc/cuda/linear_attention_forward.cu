@@ -1,9 +1,8 @@
 // Forward: states before each chunk (attention_phases.h), then rows: their common exponent, their
 // sums, the rare rows that underflowed, and the state's window and sink buffers.
-#include "dijiang/core/linear_attention_cuda.h"
-
 #include "cuda/attention_phases.h"
 #include "cuda/attention_rows.h"
+#include "dijiang/core/linear_attention_cuda.h"
 
 namespace dijiang::cuda {
 namespace {
@@ -20,13 +19,13 @@ __global__ void __launch_bounds__(kThreads) find_row_scales(Attention a) {
   if (!find_query_tile(a, t)) return;
   const int row = threadIdx.x / 4, part = threadIdx.x % 4;
   const int64_t row_at = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(row));
-  float top = kEmpty;
+  float far = kEmpty, top = kEmpty;
 
   if (row < t.rows) {
     const float* b = a.work.query_features + row_at * p.num_features;
     const int64_t cell = cell_of(a, t.index, t.kv_head);
     for (int64_t i = part; i < p.num_features; i += 4) {
-      top = fmaxf(top, Feature<kGiven>::bound(b[i]) + feature_scale(a, cell, i));
+      far = fmaxf(far, Feature<kGiven>::bound(b[i]) + feature_scale(a, cell, i));
     }
   }
 
@@ -47,7 +46,11 @@ __global__ void __launch_bounds__(kThreads) find_row_scales(Attention a) {
     }
   }
   top = quad_max(top);
-  if (row < t.rows && part == 0) a.work.row_scale[row_at] = top < kNone ? kEmpty : top;
+  far = fmaxf(quad_max(far), top);
+  if (row < t.rows && part == 0) {
+    a.work.near_scale[row_at] = top;
+    a.work.row_scale[row_at] = far < kNone ? kEmpty : far;
+  }
 }
 
 // A row's numbers once its sums are known. den may be NaN (from NaN inputs): then so is the output.
@@ -58,7 +61,7 @@ struct RowEnd {
 };
 
 __device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, float scale) {
-  if (!p.normalize) return {scale2(1.0f, scale), 0.0f, 1.0f};
+  if (!p.normalize) return {1.0f, 0.0f, 1.0f};
   float factor = 1.0f;
   if (p.eps > 0.0) {
     const auto eps = static_cast<float>(p.eps);
@@ -79,29 +82,46 @@ __device__ inline float row_output(const LinearAttentionParams& p, float num, co
   return p.normalize ? num * end.factor : scale2(num, scale);
 }
 
-template <int kColumns>
-constexpr int kOutputShared =
-    (kDepthTile + (kDepth * (kColumns + 4) > kDepthTile ? kDepth * (kColumns + 4) : kDepthTile) +
-     kSquareTile + 2 * kRows) *
-    sizeof(float);
+// The rows that a pass sums: all of a tile relative to the chunk's M', or a single one relative to
+// maxima that look at no later key (docs/numerics.md, exact rows). Both do the same operations in
+// the same order: which of them a row got shows in no bit.
+struct RowChoice {
+  int first;
+  int end;
+  const float* single_scale;  // M^t by feature; null: the chunk's
+};
 
-// Sums of a row tile. Grid: (chunk, row tile), query head, columns of v.
+template <int kColumns>
+struct OutputTiles {
+  static constexpr int kValueStride = kColumns + 4;
+  static constexpr int kValueTile =
+      kDepth * kValueStride > kDepthTile ? kDepth* kValueStride : kDepthTile;
+  static constexpr int kFloats = kDepthTile + kValueTile + kSquareTile + 2 * kRows;
+  float* x_tile;
+  float* y_tile;     // also [depth][column] of v and of the state
+  float* weights;    // 64 x 64
+  float* scales;     // r
+  float* row_decay;  // from the last folded key to the row
+
+  __device__ explicit OutputTiles(float* shared)
+      : x_tile(shared),
+        y_tile(x_tile + kDepthTile),
+        weights(y_tile + kValueTile),
+        scales(weights + kSquareTile),
+        row_decay(scales + kRows) {}
+};
+
+// Sums of the chosen rows of a tile over columns [j0, j0 + kColumns) of v: numerators in the
+// product, the denominator of row threadIdx.x / 4. tiles.scales is set, a barrier behind it.
 template <class T, bool kGiven, int kColumns>
-__global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
-  constexpr int kValueStride = kColumns + 4;
-  constexpr int kValueTile = kDepth * kValueStride > kDepthTile ? kDepth * kValueStride
-                                                                : kDepthTile;
-  DIJIANG_DYNAMIC_SHARED(raw);
-  auto* x_tile = reinterpret_cast<float*>(raw);
-  float* y_tile = x_tile + kDepthTile;       // also [depth][column] of v and of the state
-  float* weights = y_tile + kValueTile;      // 64 x 64
-  float* scales = weights + kSquareTile;     // r
-  float* row_decay = scales + kRows;         // from the last folded key to the row
+__device__ inline float sum_rows(const Attention& a, const QueryTile& t, const RowChoice& choice,
+                                 int64_t j0, OutputTiles<kColumns>& tiles,
+                                 TileProduct<T, kColumns>& product) {
+  constexpr int kValueStride = OutputTiles<kColumns>::kValueStride;
+  float *x_tile = tiles.x_tile, *y_tile = tiles.y_tile, *weights = tiles.weights;
+  float *scales = tiles.scales, *row_decay = tiles.row_decay;
   const LinearAttentionParams& p = a.params;
   const int64_t m = p.num_features, dv = p.headdim_v;
-  const int64_t j0 = static_cast<int64_t>(blockIdx.z) * kColumns;
-  QueryTile t;
-  if (!find_query_tile(a, t)) return;
   const Chunk& c = t.chunk;
   const int tid = threadIdx.x, row = tid / 4, part = tid % 4;
   const int64_t cell = cell_of(a, t.index, t.kv_head);
@@ -110,16 +130,14 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
   const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
   const Keys<T> keys{a, c, t.kv_head};
   using F = Feature<kGiven>;
+  const auto chosen = [&](int r) { return r >= choice.first && r < choice.end; };
 
   if (tid < kRows) {
-    const bool inside = tid < t.rows;
-    scales[tid] = inside ? a.work.row_scale[first_row + tid] : kEmpty;
     row_decay[tid] =
-        levels && inside ? decay_between(levels, -1, t.position(tid) - c.key_pos) : 0.0f;
+        levels && chosen(tid) ? decay_between(levels, -1, t.position(tid) - c.key_pos) : 0.0f;
   }
   __syncthreads();
 
-  TileProduct<T, kColumns> product;
   float den = 0.0f;  // of `row`, a quarter
   // product += weights (64 x 64) times the values at [begin, begin + size)
   const auto add_values = [&](int64_t begin, int size) {
@@ -132,8 +150,8 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
             s < size && j0 + j < dv ? keys.value(begin + s)[j0 + j] : 0.0f;
       }
       __syncthreads();
-      product.template multiply<Order::kRowMajor, Order::kRowMajor>(
-          weights + s0, kRowStride, y_tile, kValueStride, kDepth);
+      product.template multiply<Order::kRowMajor, Order::kRowMajor>(weights + s0, kRowStride,
+                                                                    y_tile, kValueStride, kDepth);
     }
     __syncthreads();
   };
@@ -149,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
     for (int e = tid; e < kRows * kRows; e += kThreads) {
       const int r = e / kRows, s = e % kRows;
       float& w = weights[r * kRowStride + s];
-      const bool seen = r < t.rows && s < size && is_near(p, t.position(r), begin + s);
+      const bool seen = chosen(r) && s < size && is_near(p, t.position(r), begin + s);
       w = seen ? operand<T>(exp2_scaled(w * score_scale(p), -scales[r])) : 0.0f;
     }
     __syncthreads();
@@ -163,9 +181,12 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
       for (int e = tid; e < kRows * kDepth; e += kThreads) {
         const int r = e / kDepth, k = e % kDepth;
         const bool in_features = i0 + k < m;
-        const float top = in_features ? feature_scale(a, cell, i0 + k) : 0.0f;
-        const bool has_row = in_features && r < t.rows && scales[r] > kNone;
-        const bool has_key = in_features && r >= c.key_skip && r < c.key_count;
+        const float top = !in_features          ? 0.0f
+                          : choice.single_scale ? choice.single_scale[i0 + k]
+                                                : feature_scale(a, cell, i0 + k);
+        const bool has_row = in_features && chosen(r) && scales[r] > kNone;
+        const bool has_key = in_features && r >= c.key_skip && r < c.key_count &&
+                             is_far(p, t.position(choice.end - 1), c.key_pos + r);
         x_tile[r * kDepthStride + k] =
             has_row ? operand<T>(F::scaled(features[r * m + i0 + k], top - scales[r])) : 0.0f;
         y_tile[r * kDepthStride + k] =
@@ -181,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
     for (int e = tid; e < kRows * kRows; e += kThreads) {
       const int r = e / kRows, s = e % kRows;
       float& w = weights[r * kRowStride + s];
-      const bool seen = r < t.rows && s < c.key_count && is_far(p, t.position(r), c.key_pos + s);
+      const bool seen = chosen(r) && s < c.key_count && is_far(p, t.position(r), c.key_pos + s);
       const float decay =
           levels && seen ? decay_between(levels, s, t.position(r) - c.key_pos) : 0.0f;
       w = seen ? operand<T>(levels ? w * exp2_scaled(decay, 0.0f) : w) : 0.0f;
@@ -195,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
     for (int e = tid; e < kRows * kDepth; e += kThreads) {
       const int r = e / kDepth, k = e % kDepth;
       float x = 0.0f;
-      if (r < t.rows && i0 + k < m && scales[r] > kNone) {
+      if (chosen(r) && i0 + k < m && scales[r] > kNone) {
         const float shift = a.work.scale[cell * m + i0 + k] - scales[r];
         const float y = features[r * m + i0 + k];
         x = levels ? F::scaled(y, row_decay[r], shift) : F::scaled(y, shift);
@@ -215,153 +236,220 @@ __global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
     }
   }
 
-  den = quad_sum(den);
-  float* result = weights;  // 64 columns at a time
-  for (int half = 0; half < kColumns; half += kRows) {
-    __syncthreads();
-    if constexpr (kColumns == kRows) {
-      product.store(result, kRowStride);
-    } else {
-      // Both halves at once over the tiles that are no longer needed.
-      if (half == 0) product.store(x_tile, kValueStride);
-      result = x_tile + half;
-    }
-    __syncthreads();
-    if (row < t.rows) {
-      const RowEnd end = finish_row(p, den, scales[row]);
-      constexpr int stride = kColumns == kRows ? kRowStride : kValueStride;
-      auto* out = static_cast<T*>(p.out) + (first_row + row) * dv;
-      for (int j = part; j < kRows && j0 + half + j < dv; j += 4) {
-        out[j0 + half + j] =
-            from_float<T>(row_output(p, result[row * stride + j], end, scales[row]));
-      }
-      if (part == 0 && half == 0 && blockIdx.z == 0) {
-        if (p.row_scale) static_cast<float*>(p.row_scale)[first_row + row] = end.scale;
-        if (p.row_sum) static_cast<float*>(p.row_sum)[first_row + row] = end.sum;
-        a.work.exact[first_row + row] =
-            a.has_inner && den < kUnsafeSum && c.key_count > c.key_skip;
-      }
-    }
+  return quad_sum(den);
+}
+
+// Writes the chosen rows' outputs and, in the first block of columns, their statistics; true
+// (of a thread's row) where the sum is too small to be trusted.
+template <class T, int kColumns>
+__device__ inline bool write_rows(const Attention& a, const QueryTile& t, const RowChoice& choice,
+                                  int64_t j0, OutputTiles<kColumns>& tiles,
+                                  const TileProduct<T, kColumns>& product, float den) {
+  // Over the tiles that are no longer needed.
+  constexpr int kStride = kColumns + 4;
+  float* result = tiles.x_tile;
+  static_assert(kRows * kStride <= OutputTiles<kColumns>::kFloats - 2 * kRows);
+  const LinearAttentionParams& p = a.params;
+  const int row = threadIdx.x / 4, part = threadIdx.x % 4;
+  __syncthreads();
+  product.store(result, kStride);
+  __syncthreads();
+  if (row < choice.first || row >= choice.end) return false;
+  const int64_t row_at = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(row));
+  const float scale = tiles.scales[row];
+  const RowEnd end = finish_row(p, den, scale);
+  auto* out = static_cast<T*>(p.out) + row_at * p.headdim_v + j0;
+  for (int j = part; j < kColumns && j0 + j < p.headdim_v; j += 4) {
+    out[j] = from_float<T>(row_output(p, result[row * kStride + j], end, scale));
+  }
+  if (part == 0 && blockIdx.z == 0) {
+    if (p.row_scale) static_cast<float*>(p.row_scale)[row_at] = end.scale;
+    if (p.row_sum) static_cast<float*>(p.row_sum)[row_at] = end.sum;
+  }
+  return a.has_inner && t.chunk.key_count > t.chunk.key_skip && den < kUnsafeSum;
+}
+
+// Grid: (chunk, row tile), query head, columns of v.
+template <class T, bool kGiven, int kColumns>
+__global__ void __launch_bounds__(kThreads) compute_outputs(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  OutputTiles<kColumns> tiles(reinterpret_cast<float*>(raw));
+  const LinearAttentionParams& p = a.params;
+  const int64_t j0 = static_cast<int64_t>(blockIdx.z) * kColumns;
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  const int64_t first_row = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(0));
+  const int tid = threadIdx.x;
+  if (tid < kRows) tiles.scales[tid] = tid < t.rows ? a.work.row_scale[first_row + tid] : kEmpty;
+  __syncthreads();
+  const RowChoice all{0, t.rows, nullptr};
+  TileProduct<T, kColumns> product;
+  const float den = sum_rows<T, kGiven, kColumns>(a, t, all, j0, tiles, product);
+  const bool unsafe = write_rows<T, kColumns>(a, t, all, j0, tiles, product, den);
+  if (a.has_inner && blockIdx.z == 0 && tid % 4 == 0 && tid / 4 < t.rows) {
+    a.work.exact[first_row + tid / 4] = unsafe;
   }
 }
 
-constexpr int kExactShared = (kRows + 64) * sizeof(float);
-
-// The rows marked above again, term by term, one after another. Grid as compute_outputs, with 256
-// columns of v a block: one a thread.
+// One row, term by term: for rows whose sum stays small relative to the largest exponent because
+// decay has taken what was large. One column of v a thread.
 template <class T, bool kGiven>
-__global__ void __launch_bounds__(kThreads) compute_exact_rows(Attention a) {
-  DIJIANG_DYNAMIC_SHARED(raw);
-  auto* weights = reinterpret_cast<float*>(raw);  // of 64 keys or features
-  float* scratch = weights + kRows;
+__device__ inline void sum_single_row(const Attention& a, const QueryTile& t, int row, int64_t j0,
+                                      int columns, float* weights, float* scratch) {
   const LinearAttentionParams& p = a.params;
-  const int64_t m = p.num_features, dv = p.headdim_v;
-  QueryTile t;
-  if (!find_query_tile(a, t)) return;
+  const int64_t m = p.num_features, j = j0 + threadIdx.x;
+  const int64_t dv = j0 + columns < p.headdim_v ? j0 + columns : p.headdim_v;
   const Chunk& c = t.chunk;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int64_t j = static_cast<int64_t>(blockIdx.z) * kThreads + tid;
   const int64_t cell = cell_of(a, t.index, t.kv_head);
   const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
   const Keys<T> keys{a, c, t.kv_head};
   using F = Feature<kGiven>;
+  const int64_t row_at = row_index(p, p.num_heads, c.batch, t.head, t.token(row));
+  const int64_t pos = t.position(row);
+  const Row<T> query = view_row<T>(p.q, c.batch, t.head, t.token(row));
+  const float* b = a.work.query_features + row_at * m;
+  const float row_decay = levels ? decay_between(levels, -1, pos - c.key_pos) : 0.0f;
+  const auto key_decay = [&](int s) {
+    return levels ? decay_between(levels, s, pos - c.key_pos) : 0.0f;
+  };
+  // One warp's score of a near key.
+  const auto score = [&](int64_t key_pos) {
+    const Row<T> key = keys.key(key_pos);
+    float x = 0.0f;
+    for (int64_t k = lane; k < p.headdim; k += 32) x = fmaf(query[k], key[k], x);
+    return warp_sum(x) * score_scale(p);
+  };
 
+  const NearTiles near(p, pos, pos);
+  float top = kEmpty;
+  for (int tile = 0; tile < near.count; ++tile) {
+    for (int s = warp; s < near.size(tile); s += kThreads / 32) {
+      if (is_near(p, pos, near.begin(tile) + s)) top = fmaxf(top, score(near.begin(tile) + s));
+    }
+  }
+  for (int64_t i = tid; i < m; i += kThreads) {
+    top = fmaxf(top, F::bound(b[i], row_decay) + a.work.scale[cell * m + i]);
+  }
+  for (int s = c.key_skip + warp; s < c.key_count; s += kThreads / 32) {
+    if (!is_far(p, pos, c.key_pos + s)) continue;
+    const float* x = keys.features(c.key_pos + s);
+    for (int64_t i = lane; i < m; i += 32) {
+      const float term =
+          kGiven ? F::bound(b[i], key_decay(s)) + F::bound(x[i]) : b[i] + x[i] + key_decay(s);
+      top = fmaxf(top, term);
+    }
+  }
+  const float scale = ceilf(block_max(top, scratch));
+  if (scale < kNone) return;  // no weight at all: what was written stands
+
+  float num = 0.0f, den = 0.0f;
+  const auto add_values = [&](int64_t begin, int size) {
+    __syncthreads();
+    for (int s = 0; s < size; ++s) {
+      den += weights[s];
+      if (j < dv) num = fmaf(weights[s], keys.value(begin + s)[j], num);
+    }
+    __syncthreads();
+  };
+  __syncthreads();
+  for (int tile = 0; tile < near.count; ++tile) {
+    const int64_t begin = near.begin(tile);
+    for (int s = warp; s < near.size(tile); s += kThreads / 32) {
+      const float x = score(begin + s);
+      if (lane == 0) weights[s] = is_near(p, pos, begin + s) ? exp2_scaled(x, -scale) : 0.0f;
+    }
+    add_values(begin, near.size(tile));
+  }
+  for (int s = warp; s < c.key_count; s += kThreads / 32) {
+    float sum = 0.0f;
+    if (is_far(p, pos, c.key_pos + s)) {
+      const float* x = keys.features(c.key_pos + s);
+      for (int64_t i = lane; i < m; i += 32) {
+        if (kGiven) {
+          const float e = binary_exponent(x[i]);
+          sum += scale2(x[i], -e) * F::scaled(b[i], key_decay(s), e - scale);
+        } else {
+          sum += exp2_scaled(b[i] + x[i] + key_decay(s), -scale);
+        }
+      }
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) weights[s] = sum;
+  }
+  add_values(c.key_pos, c.key_count);
+  for (int64_t i0 = 0; i0 < m; i0 += kRows) {
+    if (tid < kRows) {
+      const bool inside = i0 + tid < m;
+      weights[tid] =
+          inside ? F::scaled(b[i0 + tid], row_decay, a.work.scale[cell * m + i0 + tid] - scale)
+                 : 0.0f;
+    }
+    __syncthreads();
+    for (int64_t i = i0; i < i0 + kRows && i < m; ++i) {
+      den = fmaf(weights[i - i0], a.work.z[cell * m + i], den);
+      if (j < dv) num = fmaf(weights[i - i0], a.work.kv[(cell * m + i) * p.headdim_v + j], num);
+    }
+    __syncthreads();
+  }
+  const RowEnd end = finish_row(p, den, scale);
+  if (j < dv)
+    static_cast<T*>(p.out)[row_at * p.headdim_v + j] =
+        from_float<T>(row_output(p, num, end, scale));
+  if (tid == 0 && blockIdx.z == 0) {
+    if (p.row_scale) static_cast<float*>(p.row_scale)[row_at] = end.scale;
+    if (p.row_sum) static_cast<float*>(p.row_sum)[row_at] = end.sum;
+  }
+}
+
+template <int kColumns>
+size_t exact_shared(int64_t features) {
+  return (OutputTiles<kColumns>::kFloats + 32 + kRows + features) * sizeof(float);
+}
+
+// The rows that compute_outputs marked, one after another. Grid as compute_outputs.
+template <class T, bool kGiven, int kColumns>
+__global__ void __launch_bounds__(kThreads) compute_exact_rows(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  OutputTiles<kColumns> tiles(reinterpret_cast<float*>(raw));
+  float* scratch = reinterpret_cast<float*>(raw) + OutputTiles<kColumns>::kFloats;
+  float* weights = scratch + 32;
+  float* single_scale = weights + kRows;
+  const LinearAttentionParams& p = a.params;
+  const int64_t m = p.num_features, j0 = static_cast<int64_t>(blockIdx.z) * kColumns;
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  const Chunk& c = t.chunk;
+  const int64_t cell = cell_of(a, t.index, t.kv_head);
+  const Keys<T> keys{a, c, t.kv_head};
+  using F = Feature<kGiven>;
   for (int row = 0; row < t.rows; ++row) {
     const int64_t row_at = row_index(p, p.num_heads, c.batch, t.head, t.token(row));
     if (!a.work.exact[row_at]) continue;
-    const int64_t pos = t.position(row);
-    const Row<T> query = view_row<T>(p.q, c.batch, t.head, t.token(row));
-    const float* b = a.work.query_features + row_at * m;
-    const float row_decay = levels ? decay_between(levels, -1, pos - c.key_pos) : 0.0f;
-    const auto key_decay = [&](int s) {
-      return levels ? decay_between(levels, s, pos - c.key_pos) : 0.0f;
-    };
-    // One warp's score of a near key.
-    const auto score = [&](int64_t key_pos) {
-      const Row<T> key = keys.key(key_pos);
-      float x = 0.0f;
-      for (int64_t k = lane; k < p.headdim; k += 32) x = fmaf(query[k], key[k], x);
-      return warp_sum(x) * score_scale(p);
-    };
-
-    const NearTiles near(p, pos, pos);
-    float top = kEmpty;
-    for (int tile = 0; tile < near.count; ++tile) {
-      for (int s = warp; s < near.size(tile); s += kThreads / 32) {
-        if (is_near(p, pos, near.begin(tile) + s)) top = fmaxf(top, score(near.begin(tile) + s));
-      }
-    }
-    for (int64_t i = tid; i < m; i += kThreads) {
-      top = fmaxf(top, F::bound(b[i], row_decay) + a.work.scale[cell * m + i]);
-    }
-    for (int s = c.key_skip + warp; s < c.key_count; s += kThreads / 32) {
-      if (!is_far(p, pos, c.key_pos + s)) continue;
-      const float* x = keys.features(c.key_pos + s);
-      for (int64_t i = lane; i < m; i += 32) {
-        const float term = kGiven ? F::bound(b[i], key_decay(s)) + F::bound(x[i])
-                                  : b[i] + x[i] + key_decay(s);
-        top = fmaxf(top, term);
-      }
-    }
-    const float scale = ceilf(block_max(top, scratch));
-    if (scale < kNone) continue;  // no weight at all: what compute_outputs wrote stands
-
-    float num = 0.0f, den = 0.0f;
-    const auto add_values = [&](int64_t begin, int size) {
-      __syncthreads();
-      for (int s = 0; s < size; ++s) {
-        den += weights[s];
-        if (j < dv) num = fmaf(weights[s], keys.value(begin + s)[j], num);
-      }
-      __syncthreads();
-    };
-    __syncthreads();
-    for (int tile = 0; tile < near.count; ++tile) {
-      const int64_t begin = near.begin(tile);
-      for (int s = warp; s < near.size(tile); s += kThreads / 32) {
-        const float x = score(begin + s);
-        if (lane == 0) weights[s] = is_near(p, pos, begin + s) ? exp2_scaled(x, -scale) : 0.0f;
-      }
-      add_values(begin, near.size(tile));
-    }
-    for (int s = warp; s < c.key_count; s += kThreads / 32) {
-      float sum = 0.0f;
-      if (is_far(p, pos, c.key_pos + s)) {
-        const float* x = keys.features(c.key_pos + s);
-        for (int64_t i = lane; i < m; i += 32) {
-          if (kGiven) {
-            const float e = binary_exponent(x[i]);
-            sum += scale2(x[i], -e) * F::scaled(b[i], key_decay(s), e - scale);
-          } else {
-            sum += exp2_scaled(b[i] + x[i] + key_decay(s), -scale);
-          }
+    // M^t and r_t of the far part; find_row_scales left the whole row's r, near part included.
+    float far = kEmpty;
+    for (int64_t i = threadIdx.x; i < m; i += kThreads) {
+      float top = a.work.scale[cell * m + i];
+      for (int s = c.key_skip; s < c.key_count; ++s) {
+        if (is_far(p, t.position(row), c.key_pos + s)) {
+          top = fmaxf(top, F::bound(keys.features(c.key_pos + s)[i]));
         }
       }
-      sum = warp_sum(sum);
-      if (lane == 0) weights[s] = sum;
+      single_scale[i] = top;
+      far = fmaxf(far, F::bound(a.work.query_features[row_at * m + i]) + top);
     }
-    add_values(c.key_pos, c.key_count);
-    for (int64_t i0 = 0; i0 < m; i0 += kRows) {
-      if (tid < kRows) {
-        const bool inside = i0 + tid < m;
-        weights[tid] = inside ? F::scaled(b[i0 + tid], row_decay,
-                                          a.work.scale[cell * m + i0 + tid] - scale)
-                              : 0.0f;
-      }
-      __syncthreads();
-      for (int64_t i = i0; i < i0 + kRows && i < m; ++i) {
-        den = fmaf(weights[i - i0], a.work.z[cell * m + i], den);
-        if (j < dv) num = fmaf(weights[i - i0], a.work.kv[(cell * m + i) * dv + j], num);
-      }
-      __syncthreads();
-    }
-    const RowEnd end = finish_row(p, den, scale);
-    if (j < dv) static_cast<T*>(p.out)[row_at * dv + j] =
-        from_float<T>(row_output(p, num, end, scale));
-    if (tid == 0 && blockIdx.z == 0) {
-      if (p.row_scale) static_cast<float*>(p.row_scale)[row_at] = end.scale;
-      if (p.row_sum) static_cast<float*>(p.row_sum)[row_at] = end.sum;
-    }
+    far = block_max(far, scratch);
+    const float top = fmaxf(far, a.work.near_scale[row_at]);
+    __syncthreads();
+    if (threadIdx.x < kRows) tiles.scales[threadIdx.x] = top < kNone ? kEmpty : top;
+    __syncthreads();
+    const RowChoice single{row, row + 1, single_scale};
+    TileProduct<T, kColumns> product;
+    const float den = sum_rows<T, kGiven, kColumns>(a, t, single, j0, tiles, product);
+    const bool unsafe = write_rows<T, kColumns>(a, t, single, j0, tiles, product, den);
+    if (block_max(unsafe ? 1.0f : 0.0f, scratch) == 0.0f) continue;
+    sum_single_row<T, kGiven>(a, t, row, j0, kColumns, weights, scratch);
+    __syncthreads();
   }
 }
 
@@ -377,7 +465,8 @@ __global__ void __launch_bounds__(kThreads) write_buffers(Attention a) {
   const int64_t cell = seq * p.num_kv_heads + head;
   const bool is_sink = place >= slots;
   // The newest position in this place; a place that has none yet gets zeros.
-  const int64_t pos = is_sink ? place - slots : end - 1 - ((end - 1 - place) % slots + slots) % slots;
+  const int64_t pos =
+      is_sink ? place - slots : end - 1 - ((end - 1 - place) % slots + slots) % slots;
   const bool exists = pos >= 0 && pos < end;
 
   const auto copy = [&](const ConstView& input, const void* given, void* to, int64_t dim,
@@ -423,6 +512,20 @@ static __global__ void write_lengths(Attention a) {
   a.params.final.length[n] = s.start_pos + s.length;
 }
 
+template <class T, bool kGiven, int kColumns>
+void launch_rows(const Attention& a, cudaStream_t stream) {
+  const LinearAttentionParams& p = a.params;
+  const dim3 grid(static_cast<unsigned>(a.max_chunks * a.row_tiles),
+                  static_cast<unsigned>(p.num_heads),
+                  static_cast<unsigned>(ceil_div(p.headdim_v, kColumns)));
+  DIJIANG_LAUNCH((compute_outputs<T, kGiven, kColumns>), grid, kThreads,
+                 OutputTiles<kColumns>::kFloats * sizeof(float), stream, a);
+  if (a.has_inner) {
+    DIJIANG_LAUNCH((compute_exact_rows<T, kGiven, kColumns>), grid, kThreads,
+                   exact_shared<kColumns>(p.num_features), stream, a);
+  }
+}
+
 template <class T, bool kGiven>
 cudaError_t forward(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
@@ -432,17 +535,9 @@ cudaError_t forward(const Attention& a, cudaStream_t stream) {
   constexpr int shared = (2 * kDepthTile + kSquareTile) * sizeof(float);
   DIJIANG_LAUNCH((find_row_scales<T, kGiven>), dim3(tiles, heads), kThreads, shared, stream, a);
   if (p.headdim_v <= 64) {
-    DIJIANG_LAUNCH((compute_outputs<T, kGiven, 64>), dim3(tiles, heads), kThreads,
-                   kOutputShared<64>, stream, a);
+    launch_rows<T, kGiven, 64>(a, stream);
   } else {
-    const auto columns = static_cast<unsigned>(ceil_div(p.headdim_v, 128));
-    DIJIANG_LAUNCH((compute_outputs<T, kGiven, 128>), dim3(tiles, heads, columns), kThreads,
-                   kOutputShared<128>, stream, a);
-  }
-  if (a.has_inner) {
-    const auto columns = static_cast<unsigned>(ceil_div(p.headdim_v, kThreads));
-    DIJIANG_LAUNCH((compute_exact_rows<T, kGiven>), dim3(tiles, heads, columns), kThreads,
-                   kExactShared, stream, a);
+    launch_rows<T, kGiven, 128>(a, stream);
   }
   const bool wants_buffers = p.final.window_k || p.final.sink_k;
   if (wants_buffers && 2 * p.window + p.sinks > 0) {

@@ -11,14 +11,14 @@
 namespace dijiang::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 64;               // of a tile of queries, keys or features
-constexpr int kDepth = 32;              // of one step of a product
-constexpr int kRowStride = kRows + 4;   // in floats; a multiple of 4 for the matrix units
+constexpr int kRows = 64;              // of a tile of queries, keys or features
+constexpr int kDepth = 32;             // of one step of a product
+constexpr int kRowStride = kRows + 4;  // in floats; a multiple of 4 for the matrix units
 constexpr int kDepthStride = kDepth + 4;
 
 // A tile of 64 x kDepth (either way round) or 64 x 64.
-constexpr int kDepthTile = kRows * kDepthStride > kDepth * kRowStride ? kRows * kDepthStride
-                                                                      : kDepth * kRowStride;
+constexpr int kDepthTile =
+    kRows * kDepthStride > kDepth* kRowStride ? kRows* kDepthStride : kDepth* kRowStride;
 constexpr int kSquareTile = kRows * kRowStride;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -59,21 +59,21 @@ struct FmaAccumulator {
   template <Order kA, Order kB>
   __device__ void multiply(const float* a, int lda, const float* b, int ldb, int depth) {
     const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16;
-#pragma unroll 4
+    DIJIANG_UNROLL(4)
     for (int k = 0; k < depth; ++k) {
       float x[4], y[kPerThread];
-#pragma unroll
+      DIJIANG_UNROLL()
       for (int i = 0; i < 4; ++i) {
         x[i] = kA == Order::kRowMajor ? a[(row + i) * lda + k] : a[k * lda + row + i];
       }
-#pragma unroll
+      DIJIANG_UNROLL()
       for (int j = 0; j < kPerThread; ++j) {
         const int n = column + 16 * j;
         y[j] = kB == Order::kRowMajor ? b[k * ldb + n] : b[n * ldb + k];
       }
-#pragma unroll
+      DIJIANG_UNROLL()
       for (int i = 0; i < 4; ++i) {
-#pragma unroll
+        DIJIANG_UNROLL()
         for (int j = 0; j < kPerThread; ++j) value[i][j] = fmaf(x[i], y[j], value[i][j]);
       }
     }
@@ -81,9 +81,9 @@ struct FmaAccumulator {
 
   __device__ void store(float* c, int ldc) const {
     const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16;
-#pragma unroll
+    DIJIANG_UNROLL()
     for (int i = 0; i < 4; ++i) {
-#pragma unroll
+      DIJIANG_UNROLL()
       for (int j = 0; j < kPerThread; ++j) c[(row + i) * ldc + column + 16 * j] = value[i][j];
     }
   }
@@ -107,13 +107,13 @@ struct MatrixAccumulator {
     using LayoutB = std::conditional_t<kB == Order::kRowMajor, wmma::row_major, wmma::col_major>;
     const int warp = threadIdx.x / 32;
     const int row = warp % 4 * 16, column = warp / 4 * (kColumns / 2);
-#pragma unroll
+    DIJIANG_UNROLL()
     for (int k = 0; k < depth; k += 8) {
       wmma::fragment<wmma::matrix_a, 16, 16, 8, wmma::precision::tf32, LayoutA> high_a, low_a;
       wmma::load_matrix_sync(high_a, kA == Order::kRowMajor ? a + row * lda + k : a + k * lda + row,
                              lda);
       split<kSplitA>(high_a, low_a);
-#pragma unroll
+      DIJIANG_UNROLL()
       for (int j = 0; j < kPerWarp; ++j) {
         wmma::fragment<wmma::matrix_b, 16, 16, 8, wmma::precision::tf32, LayoutB> high_b, low_b;
         const int n = column + 16 * j;
@@ -153,7 +153,8 @@ struct MatrixAccumulator {
 template <class T, int kColumns = kRows>
 struct TileProduct {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  std::conditional_t<kUsesMatrixUnits<T>, MatrixAccumulator<kColumns>, FmaAccumulator<kColumns>> sum;
+  std::conditional_t<kUsesMatrixUnits<T>, MatrixAccumulator<kColumns>, FmaAccumulator<kColumns>>
+      sum;
 #else
   FmaAccumulator<kColumns> sum;
 #endif

@@ -37,7 +37,7 @@
 #endif
 
 #define DIJIANG_CUDA_EMULATION 1
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
+#define DIJIANG_UNROLL(times)
 
 struct uint3 {
   unsigned x, y, z;

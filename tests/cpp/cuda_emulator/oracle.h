@@ -20,9 +20,9 @@ struct Problem {
   int window = 0, sinks = 0;
   bool decay = false, normalize = true, beta = true, log_weight = true;
   double eps = 0.0;
-  double size = 1.0;                          // of q and k
-  std::vector<std::vector<int>> segments;     // (batch, begin, end); empty: whole rows
-  std::vector<double> q, k, v, log_decay;     // dense (batch, heads, seqlen, dim)
+  double size = 1.0;                       // of q and k
+  std::vector<std::vector<int>> segments;  // (batch, begin, end); empty: whole rows
+  std::vector<double> q, k, v, log_decay;  // dense (batch, heads, seqlen, dim)
   std::vector<double> omega_q, omega_k, weight_q, weight_k, beta_q, beta_k;
   std::vector<double> grad_out;
 
@@ -31,7 +31,8 @@ struct Problem {
     std::normal_distribution<double> normal;
     const auto draw = [&](std::vector<double>& x, int64_t count, double size, bool narrow) {
       x.resize(count);
-      for (double& e : x) e = narrow ? round(normal(generator) * size) : float(normal(generator) * size);
+      for (double& e : x)
+        e = narrow ? round(normal(generator) * size) : float(normal(generator) * size);
     };
     if (kind == FeatureKind::kGiven) features = dim;
     draw(q, int64_t{batch} * heads * seqlen * dim, size, true);
@@ -139,7 +140,9 @@ inline Result run(const Problem& p, bool backward) {
   r.grad_beta_q.assign(p.beta_q.size(), 0.0);
   r.grad_beta_k.assign(p.beta_k.size(), 0.0);
   r.grad_log_decay.assign(p.log_decay.size(), 0.0);
-  const auto at = [](const std::vector<double>& x, size_t i) { return x.empty() ? nullptr : &x[i]; };
+  const auto at = [](const std::vector<double>& x, size_t i) {
+    return x.empty() ? nullptr : &x[i];
+  };
   const auto value = [](const std::vector<double>& x, size_t i) { return x.empty() ? 0.0 : x[i]; };
   const bool given = p.kind == FeatureKind::kGiven;
 
@@ -213,8 +216,7 @@ inline Result run(const Problem& p, bool backward) {
         for (int s = 0; s <= t; ++s) {
           const int64_t row_k = p.row(hk, p.kv_heads, batch, begin + s);
           double g = -delta;
-          const double weight =
-              log_weight[s] == -INFINITY ? 0.0 : std::exp(log_weight[s] - norm);
+          const double weight = log_weight[s] == -INFINITY ? 0.0 : std::exp(log_weight[s] - norm);
           for (int j = 0; j < dv; ++j) {
             g += grad[j] * p.v[row_k * dv + j];
             r.grad_v[row_k * dv + j] += weight * grad[j];
@@ -242,7 +244,8 @@ inline Result run(const Problem& p, bool backward) {
         for (int s = p.sinks; s < fold_end; ++s) {
           const int64_t row_k = p.row(hk, p.kv_heads, batch, begin + s);
           for (int i = 0; i < m; ++i) {
-            const double phi = (given ? a[s][i] : std::exp(a[s][i])) * std::exp(c[fold_end] - c[s + 1]);
+            const double phi =
+                (given ? a[s][i] : std::exp(a[s][i])) * std::exp(c[fold_end] - c[s + 1]);
             const size_t cell = (n * p.kv_heads + hk) * m + i;
             r.z[cell] += phi;
             for (int j = 0; j < dv; ++j) r.kv[cell * dv + j] += phi * p.v[row_k * dv + j];

@@ -201,9 +201,11 @@ TEST(EmulatedForward, ExactRows) {
       ASSERT_EQ(call.forward(), cudaSuccess);
       // Exponents of a few hundred carry fewer bits behind the point.
       EXPECT_LT(error(emulated::widen(call.out), want.out), 3e-4);
+      if (window > 0) continue;
       p.kind = FeatureKind::kGiven;
       p.fill(6, emulated::round_to<float>);
-      for (size_t i = 0; i < p.k.size(); ++i) p.k[i] *= std::ldexp(1.0, int(i / p.dim % 80) * 3 - 120);
+      for (size_t i = 0; i < p.k.size(); ++i)
+        p.k[i] *= std::ldexp(1.0, int(i / p.dim % 80) * 3 - 120);
       for (size_t i = 0; i < p.q.size(); ++i) p.q[i] *= std::ldexp(1.0, int(i * 7 % 100) - 50);
       Call<float> given(p);
       ASSERT_EQ(given.forward(), cudaSuccess);
