@@ -3,23 +3,9 @@
 // by the forward, and by the half of the backward that needs the past.
 #pragma once
 
-#include "cpu/features.h"
+#include "cpu/far_state.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
-
-inline constexpr int64_t kTile = 64;  // rows; without a window, also the chunk
-
-// Weights in base 2 that a decay of 2^x, x <= 0, splits into: 2^whole fraction, fraction in (1/2, 1].
-template <typename Acc>
-struct Decay {
-  Acc whole = 0;
-  Acc fraction = 1;
-  explicit Decay(double x) {
-    const double up = std::ceil(x);
-    whole = static_cast<Acc>(up);
-    fraction = static_cast<Acc>(std::exp2(x - up));
-  }
-};
 
 template <typename Acc>
 class KeyWalk {
@@ -42,12 +28,8 @@ class KeyWalk {
     log_decay_ = scratch.take<double>(tile_rows);
     fk_.allocate(scratch, p.kind, p.num_features, p.headdim);
     if (!has_far) return;
-    kv = scratch.take<Acc>(mp * vp);
-    z = scratch.take<Acc>(mp);
-    log_scale = scratch.take<Acc>(mp);
+    state.allocate(scratch, mp, vp, false);
     a = scratch.take<Acc>(kTile * mp);
-    cumulative_ = scratch.take<double>(kTile);
-    fold_values_ = scratch.take<Acc>(kTile * mp);
     if (intra) {
       top = scratch.take<Acc>(mp);
       fk = scratch.take<Acc>(kTile * mp);
@@ -139,10 +121,7 @@ class KeyWalk {
   const Acc* window_keys = nullptr;  // (window_columns, dp)
   const Acc* window_values = nullptr;
 
-  // The state before the tile (its time is the last folded key's).
-  Acc* kv = nullptr;         // (mp, vp)
-  Acc* z = nullptr;          // (mp)
-  Acc* log_scale = nullptr;  // (mp): M
+  FarState<Acc> state;  // before the tile; its time is the last folded key's
 
   // Without a window: the tile's own far keys, and the state relative to the maximum over both.
   Acc* a = nullptr;         // (rows, mp): exponents; sinks have none
@@ -235,9 +214,7 @@ class KeyWalk {
       const int64_t n = w - r < kTile ? w - r : kTile, first = (block - 2) * w + r;
       fk_.exponents(keys_ + r * dp, n, a);
       drop_sinks(n, first);
-      double sum = 0;
-      for (int64_t i = 0; i < n; ++i) cumulative_[i] = sum += log_decay_[r + i];
-      fold(n, values_ + r * vp);
+      fold(n, log_decay_ + r, values_ + r * vp);
     }
     std::memcpy(keys_, keys_ + w * dp, w * dp * sizeof(Acc));
     std::memcpy(values_, values_ + w * vp, w * vp * sizeof(Acc));
@@ -274,86 +251,49 @@ class KeyWalk {
     using F = FeatureOf<Acc, kGiven>;
     constexpr int L = kLanes<Acc>;
     for (int64_t i = 0; i < mp; i += L) {
-      Vec<Acc> m = load(log_scale + i);
+      const Vec<Acc> old = load(state.log_scale + i);
+      Vec<Acc> m = old;
       for (int64_t s = 0; s < rows; ++s) m = max(m, F::exponent(load(a + s * mp + i)));
       for (int64_t s = 0; s < rows; ++s) store(fk + s * mp + i, F::scaled(load(a + s * mp + i), -m));
       store(top + i, m);
-      store(chunk_z + i, scale_by<Acc>(load(z + i), load(log_scale + i) - m));
+      store(chunk_z + i, scale_by<Acc>(load(state.z + i), old - m));
     }
-    for (int64_t i = 0; i < mp; ++i) scale_row(kv + i * vp, log_scale[i] - top[i], Acc(1), chunk_kv + i * vp);
-  }
-
-  // out = row 2^n factor
-  void scale_row(const Acc* row, Acc n, Acc factor, Acc* out) const {
-    if (n == 0 && factor == 1) {
-      if (out != row) std::memcpy(out, row, vp * sizeof(Acc));
-      return;
-    }
-    for (int64_t j = 0; j < vp; j += kLanes<Acc>) {
-      store(out + j, scale_by<Acc>(load(row + j), broadcast(n)) * factor);
+    for (int64_t i = 0; i < mp; ++i) {
+      scale_row(state.kv + i * vp, vp, state.log_scale[i] - top[i], Acc(1), chunk_kv + i * vp);
     }
   }
 
   void leave_tile() {
-    if (!intra) return;
-    for (int64_t i = 0; has_decay && i < rows; ++i) cumulative_[i] = since_state_[i];
-    fold(rows, tile_values);
+    if (intra) fold(rows, log_decay_ + offset_, tile_values);
   }
 
-  // Folds n keys with exponents a and the decay cumulative_ into the state.
-  void fold(int64_t n, const Acc* values) {
-    dispatch_given(p.kind, [&](auto given_tag) { fold_scale<given_tag.value>(n); });
-    gemm<Operand::kTransposed, Operand::kPlain>(mp, vp, n, fold_values_, mp, values, vp, kv, vp);
-  }
-
-  template <bool kGiven>
-  void fold_scale(int64_t n) {
-    using F = FeatureOf<Acc, kGiven>;
-    constexpr int L = kLanes<Acc>;
-    const double total = has_decay ? cumulative_[n - 1] : 0.0;
-    const Acc down = static_cast<Acc>(std::floor(total)), up = static_cast<Acc>(std::ceil(total));
-    for (int64_t i = 0; i < mp; i += L) {
-      const Vec<Acc> old_scale = load(log_scale + i), old_z = load(z + i);
-      // A whole number near the decay, chosen so that z stays near 1.
-      const Vec<Acc> magnitude = old_z < 0 ? -old_z : old_z;
-      const Vec<Acc> decayed = old_scale + (magnitude < 1 ? broadcast(down) : broadcast(up));
-      Vec<Acc> scale = max(decayed, broadcast(Acc(kEmptyLogScale)));
-      for (int64_t s = 0; s < n; ++s) {
-        const Decay<Acc> decay(has_decay ? total - cumulative_[s] : 0.0);
-        scale = max(scale, F::exponent(load(a + s * mp + i)) + decay.whole);
-      }
-      const Vec<Acc> factor_up = broadcast(static_cast<Acc>(std::exp2(total - up)));
-      const Vec<Acc> factor_down = broadcast(static_cast<Acc>(std::exp2(total - down)));
-      const Vec<Acc> factor = magnitude < 1 ? factor_down : factor_up;
-      Vec<Acc> sum = scale_by<Acc>(old_z, decayed - scale) * factor;
-      for (int64_t s = 0; s < n; ++s) {
-        const Decay<Acc> decay(has_decay ? total - cumulative_[s] : 0.0);
-        const Vec<Acc> f =
-            F::scaled(load(a + s * mp + i), decay.whole - scale) * broadcast(decay.fraction);
-        store(fold_values_ + s * mp + i, f);
-        sum += f;
-      }
-      for (int64_t l = 0; l < L; ++l) {
-        scale_row(kv + (i + l) * vp, (decayed - scale)[l], factor[l], kv + (i + l) * vp);
-      }
-      store(z + i, sum);
-      store(log_scale + i, scale);
+  // Folds n keys with the exponents a; log_decay is log2 of each token's own decay.
+  void fold(int64_t n, const double* log_decay, const Acc* values) {
+    Acc shift[kTile], factor[kTile];
+    double since = 0;
+    for (int64_t s = n - 1; s >= 0; --s) {
+      const Decay<Acc> decay(since);
+      shift[s] = decay.whole;
+      factor[s] = decay.fraction;
+      since += has_decay ? log_decay[s] : 0.0;
     }
+    state.decay(since);
+    dispatch_given(p.kind, [&](auto given_tag) {
+      state.template fold<given_tag.value>(n, a, shift, factor, values);
+    });
   }
 
   void load_state(const AttentionState& initial) {
     if (!has_far) return;
     const int64_t m = p.num_features, dv = p.headdim_v;
-    fill(kv, mp * vp, Acc(0));
-    fill(z, mp, Acc(0));
-    fill(log_scale, mp, Acc(kEmptyLogScale));
+    state.clear();
     if (initial.kv == nullptr) return;
     const int64_t row = sequence * p.num_kv_heads + head;
-    std::memcpy(z, static_cast<const Acc*>(initial.z) + row * m, m * sizeof(Acc));
-    std::memcpy(log_scale, static_cast<const Acc*>(initial.log_scale) + row * m, m * sizeof(Acc));
+    std::memcpy(state.z, static_cast<const Acc*>(initial.z) + row * m, m * sizeof(Acc));
+    std::memcpy(state.log_scale, static_cast<const Acc*>(initial.log_scale) + row * m, m * sizeof(Acc));
     for (int64_t i = 0; i < m; ++i) {
       const Acc* source = static_cast<const Acc*>(initial.kv) + (row * m + i) * dv;
-      std::memcpy(kv + i * vp, source, dv * sizeof(Acc));
+      std::memcpy(state.kv + i * vp, source, dv * sizeof(Acc));
     }
   }
 
@@ -361,20 +301,18 @@ class KeyWalk {
     if (!has_far || final.kv == nullptr) return;
     const int64_t m = p.num_features, dv = p.headdim_v;
     const int64_t row = sequence * p.num_kv_heads + head;
-    std::memcpy(static_cast<Acc*>(final.z) + row * m, z, m * sizeof(Acc));
-    std::memcpy(static_cast<Acc*>(final.log_scale) + row * m, log_scale, m * sizeof(Acc));
+    std::memcpy(static_cast<Acc*>(final.z) + row * m, state.z, m * sizeof(Acc));
+    std::memcpy(static_cast<Acc*>(final.log_scale) + row * m, state.log_scale, m * sizeof(Acc));
     for (int64_t i = 0; i < m; ++i) {
       Acc* target = static_cast<Acc*>(final.kv) + (row * m + i) * dv;
-      std::memcpy(target, kv + i * vp, dv * sizeof(Acc));
+      std::memcpy(target, state.kv + i * vp, dv * sizeof(Acc));
     }
   }
 
   Features<Acc> fk_;
   Acc* keys_ = nullptr;
   Acc* values_ = nullptr;
-  double* log_decay_ = nullptr;   // log2, by row of keys_
-  double* cumulative_ = nullptr;  // of the keys being folded
-  Acc* fold_values_ = nullptr;    // their features relative to the new log_scale
+  double* log_decay_ = nullptr;  // log2, by row of keys_
   double since_state_[kTile] = {};
   int64_t offset_ = 0;  // row of keys_ of the tile's first key
 };

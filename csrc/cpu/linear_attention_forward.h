@@ -95,7 +95,7 @@ class LinearAttentionForward {
       top = eps_scale > top ? eps_scale : top;
     }
     if (walk_.has_far) {
-      const Acc* scale = walk_.intra ? walk_.top : walk_.log_scale;
+      const Acc* scale = walk_.intra ? walk_.top : walk_.state.log_scale;
       const Acc decay = walk_.intra ? Acc(0) : Decay<Acc>(walk_.decay_to(t)).whole;
       Vec<Acc> far = broadcast(static_cast<Acc>(kEmptyLogScale));
       for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
@@ -153,9 +153,9 @@ class LinearAttentionForward {
     using F = FeatureOf<Acc, kGiven>;
     constexpr int L = kLanes<Acc>;
     const int64_t rows = walk_.rows, mp = walk_.mp, vp = walk_.vp;
-    const Acc* scale = walk_.intra ? walk_.top : walk_.log_scale;
-    const Acc* state = walk_.intra ? walk_.chunk_kv : walk_.kv;
-    const Acc* state_z = walk_.intra ? walk_.chunk_z : walk_.z;
+    const Acc* scale = walk_.intra ? walk_.top : walk_.state.log_scale;
+    const Acc* state = walk_.intra ? walk_.chunk_kv : walk_.state.kv;
+    const Acc* state_z = walk_.intra ? walk_.chunk_z : walk_.state.z;
     if (walk_.intra) {
       for (int64_t t = 0; t < rows; ++t) {
         const Vec<Acc> r = broadcast(scale_[t]);
@@ -208,11 +208,11 @@ class LinearAttentionForward {
 
     Acc* near = near_ + t * near_stride_;
     const int64_t visible = walk_.visible(t);
-    for (int64_t s = 0; s < visible; ++s) {  // without a window these are sinks
-      near[s] = 0;
-      for (int64_t j = 0; j < dp; ++j) {
-        near[s] += scaled_q_[t * dp + j] * walk_.sink_keys[s * dp + j];
-      }
+    // As near_scores, to the same bits: without a window the near keys are sinks.
+    fill(near, near_stride_, Acc(0));
+    gemm<Operand::kPlain, Operand::kTransposed>(1, visible, dp, scaled_q_ + t * dp, dp,
+                                                walk_.sink_keys, dp, near, near_stride_);
+    for (int64_t s = 0; s < visible; ++s) {
       top = near[s] > top ? near[s] : top;
     }
     top = std::ceil(top);
@@ -221,7 +221,7 @@ class LinearAttentionForward {
       const Acc decay = s < 0 ? state_decay.whole : Decay<Acc>(walk_.decay_between(s, t)).whole;
       Vec<Acc> largest = broadcast(static_cast<Acc>(kEmptyLogScale));
       for (int64_t i = 0; i < mp; i += L) {
-        const Vec<Acc> key = s < 0 ? load(walk_.log_scale + i) : F::exponent(load(walk_.a + s * mp + i));
+        const Vec<Acc> key = s < 0 ? load(walk_.state.log_scale + i) : F::exponent(load(walk_.a + s * mp + i));
         largest = max(largest, F::exponent(load(b + i)) + key + decay);
       }
       const Acc far_top = horizontal_max<Acc>(largest);
@@ -252,11 +252,11 @@ class LinearAttentionForward {
       add(weight, walk_.tile_values + s * vp);
     }
     for (int64_t i = 0; i < mp; i += L) {
-      const Vec<Acc> shift = load(walk_.log_scale + i) + (state_decay.whole - top);
+      const Vec<Acc> shift = load(walk_.state.log_scale + i) + (state_decay.whole - top);
       const Vec<Acc> f = F::scaled(load(b + i), shift) * broadcast(state_decay.fraction);
       for (int64_t l = 0; l < L; ++l) {
-        den += f[l] * walk_.z[i + l];
-        add(f[l], walk_.kv + (i + l) * vp);
+        den += f[l] * walk_.state.z[i + l];
+        add(f[l], walk_.state.kv + (i + l) * vp);
       }
     }
     den_[t] = den;

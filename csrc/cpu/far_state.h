@@ -1,0 +1,117 @@
+// The running sum of far keys, S_i = sum_s 2^(a_si) v_s, held as kv_i 2^(M_i): docs/numerics.md,
+// "State". The backward holds the sum over queries that runs back in time in the same way.
+#pragma once
+
+#include "cpu/features.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+// 2^x for x <= 0 as 2^whole fraction, fraction in (1/2, 1].
+template <typename Acc>
+struct Decay {
+  Acc whole = 0;
+  Acc fraction = 1;
+  Decay() = default;
+  explicit Decay(double x) {
+    const double up = std::ceil(x);
+    whole = static_cast<Acc>(up);
+    fraction = static_cast<Acc>(std::exp2(x - up));
+  }
+};
+
+// out = row 2^n factor
+template <typename Acc>
+void scale_row(const Acc* row, int64_t size, Acc n, Acc factor, Acc* out) {
+  if (n == 0 && factor == 1) {
+    if (out != row) std::memcpy(out, row, size * sizeof(Acc));
+    return;
+  }
+  for (int64_t j = 0; j < size; j += kLanes<Acc>) {
+    store(out + j, scale_by<Acc>(load(row + j), broadcast(n)) * factor);
+  }
+}
+
+template <typename Acc>
+class FarState {
+ public:
+  Acc* kv = nullptr;         // (mp, vp)
+  Acc* z = nullptr;          // (mp): the same sum with v = 1
+  Acc* log_scale = nullptr;  // (mp): M, whole
+  Acc* extra = nullptr;      // (mp), if asked for: the same sum with one more value a row
+
+  void allocate(Scratch& scratch, int64_t mp, int64_t vp, bool with_extra) {
+    mp_ = mp;
+    vp_ = vp;
+    kv = scratch.take<Acc>(mp * vp);
+    z = scratch.take<Acc>(mp);
+    log_scale = scratch.take<Acc>(mp);
+    features_ = scratch.take<Acc>(kTile * mp);
+    if (with_extra) extra = scratch.take<Acc>(mp);
+  }
+
+  void clear() {
+    fill(kv, mp_ * vp_, Acc(0));
+    fill(z, mp_, Acc(0));
+    fill(log_scale, mp_, static_cast<Acc>(kEmptyLogScale));
+    if (extra) fill(extra, mp_, Acc(0));
+  }
+
+  // S *= 2^total, total <= 0. The scale takes up a whole number near it, so chosen that z stays
+  // near 1.
+  void decay(double total) {
+    if (total == 0) return;
+    const double down = std::floor(total), up = std::ceil(total);
+    const Acc factor_down = static_cast<Acc>(std::exp2(total - down));
+    const Acc factor_up = static_cast<Acc>(std::exp2(total - up));
+    for (int64_t i = 0; i < mp_; ++i) {
+      const bool small = std::abs(z[i]) < 1;
+      const Acc factor = small ? factor_down : factor_up;
+      const Acc scale = log_scale[i] + static_cast<Acc>(small ? down : up);
+      log_scale[i] = scale > Acc(kEmptyLogScale) ? scale : Acc(kEmptyLogScale);
+      z[i] *= factor;
+      if (extra) extra[i] *= factor;
+      scale_row(kv + i * vp_, vp_, Acc(0), factor, kv + i * vp_);
+    }
+  }
+
+  // S_i += sum_s phi_si 2^(shift_s) factor_s v_s for n rows of features (given by exponents or, for
+  // kGiven, as they are), whole shifts and factors <= 1; `extras` holds a row's value for extra.
+  template <bool kGiven>
+  void fold(int64_t n, const Acc* features, const Acc* shift, const Acc* factor, const Acc* values,
+            const Acc* extras = nullptr) {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr int L = kLanes<Acc>;
+    for (int64_t i = 0; i < mp_; i += L) {
+      const Vec<Acc> old = load(log_scale + i);
+      Vec<Acc> scale = old;
+      for (int64_t s = 0; s < n; ++s) {
+        scale = max(scale, F::exponent(load(features + s * mp_ + i)) + shift[s]);
+      }
+      store(log_scale + i, scale);
+      const Vec<Acc> grown = old - scale;
+      Vec<Acc> sum = scale_by<Acc>(load(z + i), grown);
+      Vec<Acc> extra_sum{};
+      if (extra) extra_sum = scale_by<Acc>(load(extra + i), grown);
+      for (int64_t s = 0; s < n; ++s) {
+        const Vec<Acc> f =
+            F::scaled(load(features + s * mp_ + i), shift[s] - scale) * broadcast(factor[s]);
+        store(features_ + s * mp_ + i, f);
+        sum += f;
+        if (extra) extra_sum = multiply_add(f, broadcast(extras[s]), extra_sum);
+      }
+      store(z + i, sum);
+      if (extra) store(extra + i, extra_sum);
+      for (int64_t l = 0; l < L; ++l) {
+        Acc* row = kv + (i + l) * vp_;
+        scale_row(row, vp_, grown[l], Acc(1), row);
+      }
+    }
+    gemm<Operand::kTransposed, Operand::kPlain>(mp_, vp_, n, features_, mp_, values, vp_, kv, vp_);
+  }
+
+ private:
+  int64_t mp_ = 0, vp_ = 0;
+  Acc* features_ = nullptr;  // of the rows being folded, relative to the new scale
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA
