@@ -43,7 +43,7 @@ def load_base(source: str | os.PathLike | None = None, *, dtype=torch.float32, t
     if str(path).endswith(".gguf"):
         path = _unpacked_gguf(pathlib.Path(path))
     path = str(path)
-    with _quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(path) if tokenizer else None
 
@@ -104,7 +104,7 @@ def from_pretrained(folder: str | os.PathLike, *, dtype=None, device_map=None):
     kernels = _read_kernels(folder)
     del config.dijiang
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype or "auto", device_map=device_map,
                 output_loading_info=True,
@@ -129,7 +129,7 @@ def from_pretrained(folder: str | os.PathLike, *, dtype=None, device_map=None):
     return model.eval()
 
 
-# ---- pieces ---------------------------------------------------------------------------------------
+# ---- pieces ------------------------------------------------------------------------------------
 
 
 def _local(folder) -> pathlib.Path:
@@ -160,7 +160,7 @@ def _read_kernels(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118: safe_open is no dict
+                for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                     if ".dijiang." in name:
                         kernels[name] = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -200,7 +200,7 @@ def _unpacked_gguf(file: pathlib.Path) -> pathlib.Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{file.stem}-"))
     try:
-        with _quiet():
+        with quiet():
             settings = dict(gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), dtype=torch.float32, **settings
@@ -222,8 +222,8 @@ def _unpacked_gguf(file: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Without transformers' report of weights it does not know: they are the kernels'."""
+def quiet():
+    """Without transformers' bars, and its report of weights it does not know: the kernels'."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
