@@ -1,0 +1,553 @@
+"""`dijiang`: the command line.
+
+Standard output carries results alone (with --json: one JSON object); progress, tables' frames and
+errors go to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage or unusable input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ImportError:
+    typer = None
+
+if typer is None:
+
+    def main() -> int:
+        """Says what to install: the command line needs two packages that the library does not."""
+        print(
+            "error: the command line needs typer and rich: pip install 'dijiang[cli]'",
+            file=sys.stderr,
+        )
+        return 2
+
+else:
+    from .console import Terminal, error_line
+
+    app = typer.Typer(
+        name="dijiang",
+        help="Gives a pretrained language model attention of linear cost.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+
+    class Preset(str, Enum):
+        """Named configurations of DiJiangConfig."""
+
+        default = "default"
+        paper = "paper"
+        published = "published"
+        window = "window"
+
+    Model = Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id, folder or GGUF file. Default: the bundled SmolLM2-135M.",
+            show_default=False,
+        ),
+    ]
+    Data = Annotated[
+        str | None,
+        typer.Option(
+            help="Text file, folder of text files or `datasets` id. Default: Python's own help.",
+            show_default=False,
+        ),
+    ]
+    Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
+    PresetOption = Annotated[
+        Preset,
+        typer.Option(help="`paper`: its features alone; `window`: no far keys, nothing to train."),
+    ]
+    FeatureMap = Annotated[
+        str | None, typer.Option(help="As DiJiangConfig.feature_map.", show_default=False)
+    ]
+    NumFeatures = Annotated[int | None, typer.Option(help="Features a head.", show_default=False)]
+    Window = Annotated[int | None, typer.Option(help="Exact keys: block size.", show_default=False)]
+    Sinks = Annotated[
+        int | None, typer.Option(help="Exact keys: first tokens.", show_default=False)
+    ]
+    Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+
+    def main() -> int:
+        """The console script. Returns the exit code."""
+        try:
+            code = app(standalone_mode=False)
+        except KeyboardInterrupt:
+            error_line("interrupted")
+            return 130
+        except Exception as error:
+            return _failed(error)
+        return code if isinstance(code, int) else 0
+
+    def _failed(error: Exception) -> int:
+        """One line for a person; the exit code tells a wrong input from a failure."""
+        if os.environ.get("DIJIANG_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        format_message = getattr(error, "format_message", None)  # click's own errors
+        if callable(format_message):
+            message = format_message() or type(error).__name__
+            error_line(message if message.endswith(".") else f"{message}.")
+            return 2
+        message = str(error) or type(error).__name__
+        if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError):
+            error_line(message)
+            return 2
+        known = isinstance(error, OSError | ImportError | RuntimeError | NotImplementedError)
+        error_line(message if known else f"{type(error).__name__}: {message}")
+        return 1
+
+    @app.command()
+    def demo(
+        model: Model = None,
+        data: Data = None,
+        out: Out = Path("demo-out"),
+        minutes: Annotated[float, typer.Option(help="Time for all of it, set-up apart.")] = 13.0,
+        fresh: Annotated[bool, typer.Option(help="Forget an earlier run's results.")] = False,
+        as_json: Json = False,
+    ):
+        """Convert, distill and measure a model; write a report with plots.
+
+        Example: `dijiang demo --minutes 13`, then open `demo-out/report.md`
+        """
+        from .demo import Settings, report, run
+
+        if minutes <= 0:
+            raise ValueError(f"--minutes must be positive, got {minutes:g}")
+        settings = Settings(model=model, data=data, out=out, minutes=minutes)
+        results = run(settings, reporter=_terminal(as_json), fresh=fresh)
+        _print(results, as_json, report(results, []))
+        if not as_json:
+            typer.echo(f"\nReport: {out / 'report.md'}")
+
+    @app.command()
+    def convert(
+        out: Out,
+        model: Model = None,
+        data: Data = None,
+        preset: PresetOption = Preset.default,
+        feature_map: FeatureMap = None,
+        num_features: NumFeatures = None,
+        window: Window = None,
+        sinks: Sinks = None,
+        calibrate: Annotated[bool, typer.Option(help="Set the far keys' weight on text.")] = True,
+        as_json: Json = False,
+    ):
+        """Replace a model's softmax attention and save the result, untrained.
+
+        Example: `dijiang convert --out converted --window 64`
+        """
+        config = _config(preset, feature_map, num_features, window, sinks)
+        console = _terminal(as_json)
+        student, tokenizer = _load_plain(model, console)
+        from .conversion import convert as convert_model
+
+        rows = None
+        if calibrate and config.feature_map is not None and (config.window or config.sinks):
+            length = max(256, 4 * max(config.window, config.sinks))
+            rows = _train_blocks(data, tokenizer, length)[:8]
+        with console.stage("converting"):
+            convert_model(student, config, calibration=rows)
+        _save(student, tokenizer, out)
+        result = {"out": str(out), "start": student.dijiang_start, "config": config.to_dict()}
+        _print(result, as_json, f"{out}: starts from {student.dijiang_start}")
+
+    @app.command()
+    def distill(
+        out: Out,
+        model: Model = None,
+        data: Data = None,
+        preset: PresetOption = Preset.default,
+        feature_map: FeatureMap = None,
+        num_features: NumFeatures = None,
+        window: Window = None,
+        sinks: Sinks = None,
+        tokens: Annotated[int, typer.Option(help="Tokens of attention transfer.")] = 65536,
+        lm_tokens: Annotated[int, typer.Option(help="Tokens of prediction afterwards.")] = 0,
+        train: Annotated[
+            str, typer.Option(help="What prediction trains: dijiang, attention or all.")
+        ] = "dijiang",
+        learning_rate: Annotated[float, typer.Option(help="Of attention transfer.")] = 1e-2,
+        length: Annotated[int, typer.Option(help="Tokens of one training sequence.")] = 512,
+        as_json: Json = False,
+    ):
+        """Convert a model (unless it is) and train it to attend as its softmax did; save it.
+
+        Example: `dijiang distill --data notes/ --tokens 65536 --out student`
+        """
+        config = _config(preset, feature_map, num_features, window, sinks)
+        console = _terminal(as_json)
+        student, tokenizer = _load(model, console)
+        from .conversion import convert as convert_model
+        from .conversion import is_converted
+        from .distillation import distill as distill_model
+
+        if tokens < 0 or lm_tokens < 0 or not tokens + lm_tokens:
+            raise ValueError(
+                f"--tokens and --lm-tokens must not be negative, nor both 0, got {tokens} and "
+                f"{lm_tokens}"
+            )
+        blocks = _train_blocks(data, tokenizer, length)
+        if not is_converted(student):
+            convert_model(student, config)
+        with console.stage(f"distilling on {tokens} tokens") as progress:
+            done = distill_model(
+                student,
+                blocks,
+                tokens=tokens,
+                lm_tokens=lm_tokens,
+                train=train,
+                learning_rate=learning_rate,
+                progress=lambda row: progress(row["step"], row["steps"]),
+            )
+        _save(student, tokenizer, out)
+        result = {
+            "out": str(out),
+            "start": done.start,
+            "tokens": done.tokens,
+            "seconds": done.seconds,
+            "training": done.history,
+        }
+        losses = [row["loss"] for row in done.history]
+        said = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else "nothing to train"
+        _print(result, as_json, f"{out}: {said}, {done.tokens} tokens in {done.seconds:.0f} s")
+
+    @app.command(name="eval")
+    def evaluate(
+        model: Model = None,
+        teacher: Annotated[
+            str | None,
+            typer.Option(help="A second model to measure beside the first.", show_default=False),
+        ] = None,
+        data: Data = None,
+        lengths: Annotated[str, typer.Option(help="Window lengths, by comma.")] = "512,2048",
+        tokens: Annotated[int, typer.Option(help="Tokens for each length.")] = 8192,
+        distances: Annotated[
+            str, typer.Option(help="Pass-key distances, by comma; empty: none.")
+        ] = "200,800",
+        trials: Annotated[int, typer.Option(help="Pass keys for each distance.")] = 10,
+        as_json: Json = False,
+    ):
+        """Perplexity on held-out text and pass-key recall.
+
+        Example: `dijiang eval --model demo-out/model --lengths 512,2048`
+        """
+        from . import data as text
+        from . import evaluate as measure
+
+        sizes = _numbers(lengths, "--lengths", least=2)
+        gaps = _numbers(distances, "--distances", least=1) if distances.strip() else []
+        if trials < 1 or tokens < 1:
+            raise ValueError(f"--trials and --tokens must be positive, got {trials} and {tokens}")
+        console = _terminal(as_json)
+        corpus = text.load_text(data)
+        result: dict[str, Any] = {"data": corpus.name, "perplexity": {}, "recall": {}}
+        names = [model or "default model", *([teacher] if teacher else [])]
+        for name, spec in zip(names, [model, teacher], strict=False):
+            net, tokenizer = _load(spec, console)
+            prose = text.tokenize(corpus.held_out, tokenizer)
+            held = f"{corpus.name}, held-out part"
+            blocks = [
+                text.cut(prose, size, blocks=max(1, tokens // size), name=held) for size in sizes
+            ]
+            rows = []
+            for size, block in zip(sizes, blocks, strict=True):
+                with console.stage(f"{name}: perplexity at {size}") as progress:
+                    rows.append(measure.perplexity(net, block, progress=progress))
+            result["perplexity"][name] = [dataclasses.asdict(row) for row in rows]
+            rows = []
+            for gap in gaps:
+                with console.stage(f"{name}: recall {gap} tokens back") as progress:
+                    rows.append(
+                        measure.pass_key_recall(
+                            net, tokenizer, prose, gap, trials=trials, progress=progress
+                        )
+                    )
+            result["recall"][name] = [dataclasses.asdict(row) for row in rows]
+        if not gaps:
+            del result["recall"]
+        _print(result, as_json, _quality_table(result))
+
+    @app.command()
+    def generate(
+        prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+        model: Model = None,
+        max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+        temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+        seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+        as_json: Json = False,
+    ):
+        """Continue a prompt.
+
+        Example: `dijiang generate --model demo-out/model "The list type in Python is"`
+        """
+        import torch
+
+        from . import evaluate as measure
+
+        if max_new_tokens < 1 or temperature < 0:
+            raise ValueError(
+                "--max-new-tokens must be at least 1 and --temperature at least 0, got "
+                f"{max_new_tokens} and {temperature:g}"
+            )
+        console = _terminal(as_json)
+        net, tokenizer = _load(model, console)
+        torch.manual_seed(seed)
+        options = {"do_sample": True, "temperature": temperature} if temperature else {}
+        made = measure.generate(net, tokenizer, prompt, max_new_tokens=max_new_tokens, **options)
+        _print(dataclasses.asdict(made), as_json, prompt + made.text)
+
+    @app.command()
+    def bench(
+        model: Model = None,
+        contexts: Annotated[str, typer.Option(help="By comma.")] = "512,1024,2048,4096,8192",
+        steps: Annotated[int, typer.Option(help="Tokens decoded at each context.")] = 16,
+        as_json: Json = False,
+    ):
+        """Decoding speed and cache size as the context grows, softmax beside converted.
+
+        A model that is not converted yet is measured beside its converted copy.
+
+        Example: `dijiang bench --contexts 512,8192 --json > bench.json; dijiang plot bench.json`
+        """
+        import copy
+
+        from . import data as text
+        from . import evaluate as measure
+        from .conversion import convert as convert_model
+        from .conversion import is_converted
+
+        sizes = _numbers(contexts, "--contexts", least=1)
+        if steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {steps}")
+        console = _terminal(as_json)
+        net, tokenizer = _load(model, console)
+        models = {"converted": net}
+        if not is_converted(net):
+            models = {"softmax": net, "converted": convert_model(copy.deepcopy(net))}
+        prose = text.tokenize(text.load_text().held_out, tokenizer)
+        with console.stage("decoding") as progress:
+            points = measure.decode_speed(models, prose, sizes, steps=steps, progress=progress)
+        result = {
+            "decode": {name: [dataclasses.asdict(p) for p in rows] for name, rows in points.items()}
+        }
+        _print(result, as_json, _decode_table(result["decode"]))
+
+    @app.command()
+    def plot(
+        results: Annotated[Path, typer.Argument(help="JSON of demo, eval, bench or distill.")],
+        out: Out = Path("plots"),
+        as_json: Json = False,
+    ):
+        """Draw plots from a results file.
+
+        Example: `dijiang plot demo-out/results.json --out plots`
+        """
+        from . import plots
+
+        try:
+            content = json.loads(results.read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{results}: no such file") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{results}: not a results file: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{results}: not a results file: no JSON object in it")
+        try:
+            written = plots.draw(content, out)
+        except (KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{results}: not a results file: {error!r} is missing") from error
+        _print({"files": [str(path) for path in written]}, as_json, "\n".join(map(str, written)))
+
+    @app.command()
+    def info(as_json: Json = False):
+        """Versions, what was built, and what this machine can use.
+
+        Example: `dijiang info --json`
+        """
+        facts = _facts()
+        width = max(map(len, facts))
+        lines = [f"{name.replace('_', ' '):{width}}  {value}" for name, value in facts.items()]
+        _print(facts, as_json, "\n".join(lines))
+
+    def _facts() -> dict[str, Any]:
+        import importlib
+        import importlib.util
+        import platform
+
+        import torch
+
+        from . import __version__
+
+        folder = Path(__file__).parent
+        facts: dict[str, Any] = {
+            "dijiang": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        for name in ("transformers", "matplotlib", "datasets"):
+            found = importlib.util.find_spec(name)
+            facts[name] = importlib.metadata.version(name) if found else "not installed"
+        facts["cpu_kernels"] = "built" if (folder / "dijiang_ops.so").exists() else "not built"
+        try:
+            core = importlib.import_module("dijiang._core")
+        except ImportError:
+            core = None
+        level = getattr(core, "cpu_level", None)
+        if level:
+            names = {4: "AVX-512", 3: "AVX2"}
+            facts["cpu_instructions"] = names.get(level(), "portable")
+        cuda_built = (folder / "dijiang_ops_cuda.so").exists()
+        facts["cuda_kernels"] = "built" if cuda_built else "not built: no nvcc at build time"
+        architectures = getattr(core, "cuda_architectures", None)
+        if cuda_built and architectures:
+            listed = architectures() if callable(architectures) else architectures
+            facts["cuda_architectures"] = (
+                listed if isinstance(listed, str) else ", ".join(map(str, listed))
+            )
+        if not torch.cuda.is_available():
+            facts["cuda_device"] = "none usable"
+        else:
+            facts["cuda_device"] = torch.cuda.get_device_name()
+        facts["usable"] = "cpu, cuda" if cuda_built and torch.cuda.is_available() else "cpu"
+        return facts
+
+    # ---- what the commands share ----------------------------------------------------------------
+
+    def _terminal(as_json: bool) -> Terminal:
+        """Progress for a person or a log; transformers' own bars and notes are left out."""
+        import warnings
+
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            from transformers.utils import logging
+        except ImportError as error:
+            raise ImportError("models need transformers: pip install 'dijiang[hf]'") from error
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return Terminal(quiet=as_json and not sys.stderr.isatty())
+
+    def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+        typer.echo(json.dumps(result, indent=1) if as_json else text)
+
+    def _numbers(text: str, option: str, *, least: int) -> list[int]:
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise ValueError(f"{option} takes whole numbers by comma, got {text!r}") from None
+        if min(numbers) < least:
+            raise ValueError(f"{option} must be at least {least} each, got {text!r}")
+        return numbers
+
+    def _config(preset, feature_map, num_features, window, sinks):
+        from .config import DiJiangConfig
+
+        given = {
+            "feature_map": feature_map,
+            "num_features": num_features,
+            "window": window,
+            "sinks": sinks,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        make = {
+            Preset.default: DiJiangConfig,
+            Preset.paper: DiJiangConfig.paper,
+            Preset.published: DiJiangConfig.published,
+            Preset.window: DiJiangConfig.window_only,
+        }[preset]
+        return make(**given)
+
+    def _load(spec: str | None, console: Terminal):
+        """(model, tokenizer), converted or not."""
+        from transformers import AutoTokenizer
+
+        from . import hub
+
+        with console.stage(f"loading {spec or 'the default model'}"):
+            if spec is not None and _is_converted_folder(Path(spec)):
+                return hub.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
+            try:
+                return hub.load_base(spec)
+            except (OSError, ValueError) as error:
+                if spec is None or isinstance(error, FileNotFoundError):
+                    raise
+                raise ValueError(
+                    f"{spec}: not a model folder, a GGUF file or a hub id that can be loaded: {error}"
+                ) from error
+
+    def _is_converted_folder(folder: Path) -> bool:
+        try:
+            return "dijiang" in json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return False
+
+    def _load_plain(spec: str | None, console: Terminal):
+        model, tokenizer = _load(spec, console)
+        from .conversion import is_converted
+
+        if is_converted(model):
+            raise ValueError(f"{spec}: converted already")
+        return model, tokenizer
+
+    def _train_blocks(source: str | None, tokenizer, length: int):
+        from . import data as text
+
+        corpus = text.load_text(source)
+        name = f"{corpus.name}, training part"
+        return text.pack(corpus.train, tokenizer, length, name=name)
+
+    def _save(model, tokenizer, out: Path) -> None:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+    def _table(header: list[str], rows: list[list[str]]) -> str:
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = []
+        for row in [header, *rows]:
+            first = row[0].ljust(widths[0])
+            rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join([first, *rest]))
+        return "\n".join(lines)
+
+    def _quality_table(result: dict[str, Any]) -> str:
+        first = next(iter(result["perplexity"].values()))
+        header = ["model", *(f"perplexity {row['length']}" for row in first)]
+        recall = result.get("recall", {})
+        if recall:
+            header += [f"recall {row['distance']}" for row in next(iter(recall.values()))]
+        rows = []
+        for name, points in result["perplexity"].items():
+            row = [name, *(f"{point['perplexity']:.2f}" for point in points)]
+            row += [f"{100 * point['accuracy']:.0f} %" for point in recall.get(name, [])]
+            rows.append(row)
+        return _table(header, rows)
+
+    def _decode_table(decode: dict[str, Any]) -> str:
+        header = ["context"]
+        for name in decode:
+            header += [f"{name} tokens/s", f"{name} cache MiB"]
+        rows = []
+        for points in zip(*decode.values(), strict=True):
+            row = [str(points[0]["context"])]
+            for point in points:
+                row += [f"{point['tokens_per_second']:.1f}", f"{point['cache_bytes'] / 2**20:.1f}"]
+            rows.append(row)
+        return _table(header, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

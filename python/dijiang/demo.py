@@ -1,0 +1,470 @@
+"""The main job, start to end: a pretrained model loses its softmax attention and learns again.
+
+`run(Settings())` loads the default model, measures it, converts a copy, distills it for some
+minutes, measures again, and writes a report with plots. Every stage's result is kept in the output
+folder under the settings it was made with, so that a second run only does what is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, data, evaluate, plots
+from .config import DiJiangConfig
+from .console import Silent
+from .conversion import convert
+from .distillation import distill
+from .hub import from_pretrained, load_base
+
+SOFTMAX = "softmax teacher"
+WINDOW = "window + sinks, training-free"
+CONVERTED = "converted, before training"
+DISTILLED = "after distillation"
+
+PROMPTS = (
+    "The list type in Python is",
+    "Once upon a time, in a small village by the sea,",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo does. `minutes` bounds all of it on the machine it runs on, set-up apart."""
+
+    model: str | None = None  # hub id, folder or GGUF file; None: the bundled default
+    data: str | None = None  # as data.load_text takes it
+    out: Path = Path("demo-out")
+    minutes: float = 13.0
+    config: DiJiangConfig = field(default_factory=DiJiangConfig)
+    lengths: tuple[int, ...] = (512, 2048)
+    distances: tuple[int, ...] = (200, 800)
+    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    train_length: int = 512
+    new_tokens: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything fits into the time, from the model's own measured speed."""
+
+    forward_tokens_per_second: float
+    eval_tokens: int  # for each model and length
+    trials: int  # for each model and distance
+    train_seconds: float
+
+
+# Shares of the time; what is left of 1 is for loading, copying, generating, plots and surprises.
+_PERPLEXITY, _RECALL, _TRAINING = 0.22, 0.10, 0.42
+
+
+def run(settings: Settings, *, reporter=None, fresh: bool = False) -> dict[str, Any]:
+    """Runs the demo (see the module) and returns what it also writes to results.json.
+
+    reporter: console.Terminal, or None for silence. fresh: forget what an earlier run left.
+    Raises data.DataError when the text is too short for the lengths asked for.
+    """
+    begin = time.monotonic()
+    job = _Demo(settings, reporter or Silent(), fresh)
+    results = job.results()
+    results["seconds"] = round(time.monotonic() - begin, 1)
+    out = Path(settings.out)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    images = plots.draw(results, out)
+    (out / "report.md").write_text(report(results, [path.name for path in images]))
+    return results
+
+
+def plan(settings: Settings, tokens_per_second: float) -> Plan:
+    """Divides the time: more windows and trials on a faster machine, within sensible bounds."""
+    seconds = 60.0 * settings.minutes
+    # Four models; a converted one's forward may cost somewhat more than the teacher's.
+    forward = tokens_per_second / (4 * 1.3)
+    eval_tokens = _PERPLEXITY * seconds * forward / len(settings.lengths)
+    trials = _RECALL * seconds * forward / sum(distance + 40 for distance in settings.distances)
+    longest = max(settings.lengths)
+    return Plan(
+        forward_tokens_per_second=round(tokens_per_second, 1),
+        eval_tokens=int(min(max(eval_tokens // longest, 1), 8)) * longest,
+        trials=int(min(max(trials, 2), 20)),
+        train_seconds=round(_TRAINING * seconds, 1),
+    )
+
+
+class _Stages:
+    """Results on disk, one file a stage, each with the settings it was made with."""
+
+    def __init__(self, folder: Path, fresh: bool):
+        self.folder = folder
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, key: Mapping, compute: Callable[[], Any], usable=lambda: True) -> Any:
+        path = self.folder / f"{name}.json"
+        key = json.loads(json.dumps(key))  # as it reads back: tuples are lists
+        try:
+            kept = json.loads(path.read_text())
+        except (OSError, ValueError):
+            kept = None
+        if isinstance(kept, dict) and kept.get("key") == key and usable():
+            return kept["value"]
+        value = compute()
+        path.write_text(json.dumps({"key": key, "value": value}))
+        return json.loads(path.read_text())["value"]
+
+
+class _Demo:
+    def __init__(self, settings: Settings, reporter, fresh: bool):
+        self.settings, self.reporter = settings, reporter
+        self.out = Path(settings.out)
+        self.folder = self.out / "model"
+        self.stages = _Stages(self.out / "stages", fresh)
+        self.corpus = data.load_text(settings.data)
+        text = hashlib.sha256("\0".join((*self.corpus.train, *self.corpus.held_out)).encode())
+        self.base = {
+            "version": __version__,
+            "model": settings.model,
+            "text": text.hexdigest(),
+            "seed": settings.seed,
+        }
+        self.window_config = DiJiangConfig.window_only(
+            settings.config.window or 64, settings.config.sinks
+        )
+
+    # Models are made when a stage first needs them: a run with every result at hand makes none.
+
+    @cached_property
+    def _loaded(self):
+        with self.reporter.stage("loading the model"):
+            return load_base(self.settings.model)
+
+    @property
+    def teacher(self):
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self):
+        return self._loaded[1]
+
+    @cached_property
+    def student(self):
+        return self._converted(self.settings.config)
+
+    def _converted(self, config: DiJiangConfig):
+        # Calibration looks at eight short rows of the training text; it trains nothing.
+        rows = None if config.feature_map is None else self.train_blocks[:8]
+        return convert(copy.deepcopy(self.teacher), config, calibration=rows)
+
+    @cached_property
+    def prose(self) -> torch.Tensor:
+        return data.tokenize(self.corpus.held_out, self.tokenizer)
+
+    @cached_property
+    def train_blocks(self) -> torch.Tensor:
+        name = f"{self.corpus.name}, training part"
+        return data.pack(self.corpus.train, self.tokenizer, self.settings.train_length, name=name)
+
+    def blocks(self, length: int, tokens: int) -> torch.Tensor:
+        name = f"{self.corpus.name}, held-out part"
+        return data.cut(self.prose, length, blocks=max(1, tokens // length), name=name)
+
+    def results(self) -> dict[str, Any]:
+        settings, get = self.settings, self.stages.get
+        planned = get("plan", {**self.base, **self._planned_for}, self._plan)
+        self.plan = Plan(**planned)
+        student = {**self.base, "config": settings.config.to_dict()}
+        trained = {**student, "length": settings.train_length, "plan": planned}
+        variants = {
+            SOFTMAX: (self.base, lambda: self.teacher),
+            WINDOW: (
+                {**self.base, "config": self.window_config.to_dict()},
+                lambda: self._converted(self.window_config),
+            ),
+            CONVERTED: (student, lambda: self.student),
+        }
+        quality = {name: self._quality(name, *variant) for name, variant in variants.items()}
+        curve = get("training", trained, self._train, usable=self.folder.is_dir)
+        quality[DISTILLED] = self._quality(DISTILLED, trained, lambda: self.distilled)
+        generated = get(
+            "generation",
+            {**trained, "prompts": PROMPTS, "tokens": settings.new_tokens},
+            self._generate,
+        )
+        decode = get("decode", {**trained, "contexts": settings.contexts}, self._decode)
+        return {
+            "settings": {
+                "model": settings.model or "bundled default",
+                "data": self.corpus.name,
+                "characters": dict(zip(("train", "held_out"), self.corpus.characters, strict=True)),
+                "minutes": settings.minutes,
+                "config": settings.config.to_dict(),
+                "seed": settings.seed,
+            },
+            "machine": machine(),
+            "version": __version__,
+            "plan": planned,
+            "start": curve["start"],
+            "train_tokens": curve["tokens"],
+            "train_seconds": curve["seconds"],
+            "perplexity": {name: value["perplexity"] for name, value in quality.items()},
+            "recall": {name: value["recall"] for name, value in quality.items()},
+            "training": curve["curve"],
+            "generation": generated,
+            "decode": decode,
+        }
+
+    @property
+    def _planned_for(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "minutes": settings.minutes,
+            "lengths": settings.lengths,
+            "distances": settings.distances,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _plan(self) -> dict[str, Any]:
+        """Measures the teacher's forward on real windows, after one to warm up."""
+        blocks = self.blocks(min(self.settings.lengths), 3 * min(self.settings.lengths))
+        with self.reporter.stage("measuring this machine"):
+            evaluate.perplexity(self.teacher, blocks[:1])
+            begin = time.perf_counter()
+            evaluate.perplexity(self.teacher, blocks[1:] if len(blocks) > 1 else blocks)
+            seconds = time.perf_counter() - begin
+        made = plan(self.settings, max(1, len(blocks) - 1) * blocks.shape[1] / seconds)
+        self.reporter.say(
+            f"  {made.forward_tokens_per_second:.0f} tokens/s forward: {made.eval_tokens} tokens "
+            f"a perplexity, {made.trials} pass keys a distance, "
+            f"{made.train_seconds:.0f} s of training"
+        )
+        return asdict(made)
+
+    @cached_property
+    def distilled(self):
+        """As it was trained just now, or as an earlier run left it."""
+        return from_pretrained(self.folder)
+
+    def _train(self) -> dict[str, Any]:
+        settings, model = self.settings, self.student
+        tokens = self._affordable_tokens(model)
+        curve: list[dict[str, Any]] = []
+        with self.reporter.stage(f"distilling on {tokens} tokens") as progress:
+
+            def note(row):
+                curve.append({"stage": "attention transfer", **row})
+                progress(row["step"], row["steps"])
+
+            done = distill(
+                model, self.train_blocks, tokens=tokens, seed=settings.seed, progress=note
+            )
+        model.save_pretrained(self.folder)
+        self.tokenizer.save_pretrained(self.folder)
+        self.distilled = model
+        del self.student  # the same object: it is converted-before-training no longer
+        return {
+            "start": done.start,
+            "tokens": done.tokens,
+            "seconds": round(done.seconds, 1),
+            "curve": [{key: row[key] for key in ("stage", "step", "loss")} for row in curve],
+        }
+
+    def _affordable_tokens(self, model) -> int:
+        """Tokens that fit into the time for training, by the pace of three steps on a copy."""
+        rows: list[dict[str, Any]] = []
+        with self.reporter.stage("timing a training step"):
+            trial = copy.deepcopy(model)
+            step = 2 * self.settings.train_length  # distill's batch size
+            distill(trial, self.train_blocks, tokens=3 * step, progress=rows.append)
+        # The first step allocates and plans: the later ones are the pace.
+        seconds = (rows[-1]["seconds"] - rows[0]["seconds"]) / (len(rows) - 1)
+        steps = max(3, int(self.plan.train_seconds / seconds))
+        # Three times through the text at most: more would learn it by heart.
+        return min(steps * step, 3 * self.train_blocks.numel())
+
+    def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> dict[str, Any]:
+        """Perplexity at each length and recall at each distance of one model."""
+        settings, kept = self.settings, {}
+        loaded = cached(model)
+        for length in settings.lengths:
+
+            def measure(length=length):
+                blocks = self.blocks(length, self.plan.eval_tokens)
+                with self.reporter.stage(f"{name}: perplexity at {length}") as progress:
+                    return asdict(evaluate.perplexity(loaded(), blocks, progress=progress))
+
+            stage_key = {**key, "length": length, "tokens": self.plan.eval_tokens}
+            row = self.stages.get(_file(f"perplexity {name} {length}"), stage_key, measure)
+            kept.setdefault("perplexity", []).append(row)
+        for distance in settings.distances:
+
+            def measure(distance=distance):
+                with self.reporter.stage(f"{name}: pass key {distance} tokens back") as progress:
+                    row = evaluate.pass_key_recall(
+                        loaded(), self.tokenizer, self.prose, distance,
+                        trials=self.plan.trials, seed=settings.seed, progress=progress,
+                    )  # fmt: skip
+                return asdict(row)
+
+            stage_key = {**key, "distance": distance, "trials": self.plan.trials}
+            row = self.stages.get(_file(f"recall {name} {distance}"), stage_key, measure)
+            kept.setdefault("recall", []).append(row)
+        return kept
+
+    def _generate(self) -> list[dict[str, Any]]:
+        pairs = []
+        with self.reporter.stage("generating side by side") as progress:
+            for index, prompt in enumerate(PROMPTS):
+                pair = {"prompt": prompt}
+                for name, model in ((SOFTMAX, self.teacher), (DISTILLED, self.distilled)):
+                    made = evaluate.generate(
+                        model, self.tokenizer, prompt, max_new_tokens=self.settings.new_tokens
+                    )
+                    pair[name] = made.text
+                pairs.append(pair)
+                progress(index + 1, len(PROMPTS))
+        return pairs
+
+    def _decode(self) -> dict[str, list[dict[str, Any]]]:
+        models = {SOFTMAX: self.teacher, DISTILLED: self.distilled}
+        with self.reporter.stage("decoding behind growing contexts") as progress:
+            points = evaluate.decode_speed(
+                models, self.prose, self.settings.contexts, progress=progress
+            )
+        return {name: [asdict(point) for point in rows] for name, rows in points.items()}
+
+
+def cached(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Calls `make` at the first call only."""
+    kept: list[Any] = []
+
+    def get():
+        if not kept:
+            kept.append(make())
+        return kept[0]
+
+    return get
+
+
+def machine() -> str:
+    """One line: processor, threads, torch."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def report(results: Mapping[str, Any], images: Sequence[str]) -> str:
+    """results.json as a page: Markdown, with the plots where `images` names them."""
+    settings = results["settings"]
+    config = settings["config"]
+    lines = [
+        "# What conversion did to the model",
+        "",
+        f"Model: {settings['model']}. Text: {settings['data']} "
+        f"({settings['characters']['train']} characters to train on, "
+        f"{settings['characters']['held_out']} held out).",
+        f"Conversion: `{config['feature_map']}` features, window {config['window']}, "
+        f"{config['sinks']} sinks; started from {results['start']}; "
+        f"{results['train_tokens']} tokens of training in {results['train_seconds']:.0f} s.",
+        f"Machine: {results['machine']}; dijiang {results['version']}.",
+        "",
+    ]
+    shown = [name for name in images if name == "summary.png"]
+    lines += [f"![summary]({name})\n" for name in shown]
+    lines += ["## Quality on held-out text", "", _quality_table(results), ""]
+    lines += [_verdict(results), ""]
+    lines += [f"![{Path(n).stem}]({n})\n" for n in images if n in ("perplexity.png", "recall.png")]
+    lines += ["## Speed and memory of decoding", "", _decode_table(results["decode"]), ""]
+    lines += [f"![{Path(n).stem}]({n})\n" for n in images if n == "decode.png"]
+    lines += [f"## Training\n\n![training]({n})\n" for n in images if n == "training.png"]
+    lines += ["## Side by side", ""]
+    for pair in results["generation"]:
+        for name in (SOFTMAX, DISTILLED):
+            text = (pair["prompt"] + "⟶" + pair[name]).replace("\n", "\n> ")
+            lines += [f"**{name}**", "", f"> {text}", ""]
+    lines += [
+        "Perplexity: windows without overlap, the same for each model; ± is the standard error",
+        "over windows. Recall: share of the answer's tokens that were the likeliest, a five-digit",
+        "key said twice before the prose. Speed: median of single steps behind a real prefill, the",
+        "models in turns.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(results: Mapping[str, Any]) -> str:
+    """What the figures say, in words: how much of the gap distillation closed."""
+    said = []
+    for row in zip(*(results["perplexity"][n] for n in (SOFTMAX, WINDOW, DISTILLED)), strict=True):
+        teacher, window, student = (point["perplexity"] for point in row)
+        text = f"At {row[0]['length']} tokens distillation ends at {student:.2f}"
+        if window > teacher:
+            share = 100 * (window - student) / (window - teacher)
+            text += (
+                f": {share:.0f} % of the way from the training-free window ({window:.2f}) to the "
+                f"teacher ({teacher:.2f})"
+            )
+        said.append(text + ".")
+    return " ".join(said)
+
+
+def _quality_table(results: Mapping[str, Any]) -> str:
+    first = results["perplexity"][SOFTMAX]
+    recall = results["recall"][SOFTMAX]
+    header = [
+        "model",
+        *(f"perplexity {row['length']}" for row in first),
+        *(f"recall {row['distance']} tokens back" for row in recall),
+    ]
+    rows = []
+    for name, points in results["perplexity"].items():
+        cells = [name]
+        for point in points:
+            error = point["perplexity"] * point["standard_error"]
+            cells.append(
+                f"{point['perplexity']:.2f}" + (f" ± {error:.2f}" if error == error else "")
+            )
+        cells += [f"{100 * point['accuracy']:.0f} %" for point in results["recall"][name]]
+        rows.append(cells)
+    return _markdown(header, rows)
+
+
+def _decode_table(decode: Mapping[str, Any]) -> str:
+    header = [
+        "context",
+        "tokens/s, softmax",
+        "tokens/s, ours",
+        "cache MiB, softmax",
+        "cache MiB, ours",
+    ]
+    rows = []
+    for one, two in zip(decode[SOFTMAX], decode[DISTILLED], strict=True):
+        speed = [f"{point['tokens_per_second']:.1f}" for point in (one, two)]
+        size = [f"{point['cache_bytes'] / 2**20:.1f}" for point in (one, two)]
+        rows.append([str(one["context"]), *speed, *size])
+    return _markdown(header, rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)

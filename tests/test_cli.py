@@ -1,0 +1,233 @@
+"""Every command of `dijiang` on a tiny model: what it prints, where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+typer = pytest.importorskip("typer")
+
+from dijiang import cli  # noqa: E402
+from tiny import tiny_llama  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    lines = [
+        f"Note {i} says that {i * i} is the square of {i}, as everyone knows." for i in range(400)
+    ]
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, threads))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*words) -> (exit code, standard output, standard error)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["dijiang", *map(str, words)])
+        code = cli.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def one_error_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in err
+    return lines[0]
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in ("demo", "convert", "distill", "eval", "generate", "bench", "plot", "info"):
+        assert f" {name} " in out
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "convert", "distill", "eval", "generate", "bench", "plot", "info"]
+)
+def test_help_of_each_command_has_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in out and "Example" in out and f"dijiang {command}" in out
+
+
+def test_info(run):
+    code, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu_kernels"] == "built"
+    assert facts["usable"] in ("cpu", "cpu, cuda")
+    code, out, _ = run("info")
+    assert code == 0 and "cuda kernels" in out
+
+
+def test_convert_then_eval_generate_bench(run, folder, text, tmp_path):
+    out_folder = tmp_path / "converted"
+    code, out, err = run(
+        "convert", "--model", folder, "--data", text, "--window", 16, "--out", out_folder, "--json"
+    )
+    assert code == 0, err
+    made = json.loads(out)
+    assert made["config"]["window"] == 16 and "calibrated" in made["start"]
+    assert (out_folder / "model.safetensors").exists()
+
+    code, out, err = run(
+        "eval", "--model", out_folder, "--teacher", folder, "--data", text, "--lengths", "64,128",
+        "--tokens", 256, "--distances", 50, "--trials", 2, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    made = json.loads(out)
+    assert set(made["perplexity"]) == {str(out_folder), str(folder)}
+    rows = made["perplexity"][str(folder)]
+    assert [row["length"] for row in rows] == [64, 128]
+    assert all(300 < row["perplexity"] < 800 for row in rows)  # a random model over 512 tokens
+    assert made["recall"][str(folder)][0]["trials"] == 2
+
+    code, out, err = run("generate", "--model", out_folder, "Note 3", "--max-new-tokens", 4)
+    assert code == 0, err
+    assert out.startswith("Note 3")
+
+    code, out, err = run("bench", "--model", folder, "--contexts", "64,128", "--steps", 2, "--json")
+    assert code == 0, err
+    decode = json.loads(out)["decode"]
+    assert set(decode) == {"softmax", "converted"}
+    sizes = {name: [row["cache_bytes"] for row in rows] for name, rows in decode.items()}
+    assert sizes["softmax"][1] > sizes["softmax"][0]
+    assert sizes["converted"][1] == sizes["converted"][0]
+
+
+def test_tables_are_readable(run, folder, text):
+    code, out, _ = run(
+        "eval", "--model", folder, "--data", text, "--lengths", "64", "--tokens", 64,
+        "--distances", "20", "--trials", 1,
+    )  # fmt: skip
+    assert code == 0
+    head, row = out.splitlines()
+    assert head.split() == ["model", "perplexity", "64", "recall", "20"]
+    assert row.startswith(str(folder)) and row.endswith("%")
+
+
+def test_distill(run, folder, text, tmp_path):
+    code, out, err = run(
+        "distill", "--model", folder, "--data", text, "--window", 16, "--tokens", 512,
+        "--length", 128, "--out", tmp_path / "student", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    made = json.loads(out)
+    assert made["training"] and all(row["loss"] > 0 for row in made["training"])
+    code, out, _ = run(
+        "generate", "--model", tmp_path / "student", "Note", "--max-new-tokens", 2, "--json"
+    )
+    assert code == 0 and json.loads(out)["tokens"] <= 2
+
+
+def test_plot(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "results.json"
+    rows = {"a": [{"length": 512, "perplexity": 30.0}]}
+    results.write_text(json.dumps({"perplexity": rows}))
+    code, out, _ = run("plot", results, "--out", tmp_path / "plots", "--json")
+    assert code == 0
+    assert json.loads(out)["files"] == [str(tmp_path / "plots" / "perplexity.png")]
+    assert (tmp_path / "plots" / "perplexity.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["convert"], "Missing option '--out'"),
+        (["eval", "--tokens", "many"], "'--tokens'"),
+        (["eval", "--lengths", "512,x"], "--lengths takes whole numbers by comma, got '512,x'"),
+        (["eval", "--lengths", "1"], "--lengths must be at least 2"),
+        (["eval", "--trials", "0"], "--trials and --tokens must be positive"),
+        (["eval", "--data", "gone.txt"], "gone.txt: no such file or folder"),
+        (["eval", "--model", "./gone"], "gone"),
+        (["generate", "--model", "./gone.gguf", "x"], "gone.gguf"),
+        (["generate", "x", "--temperature", "-1"], "--temperature at least 0"),
+        (["bench", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["bench", "--contexts", "0"], "--contexts must be at least 1"),
+        (["convert", "--out", "x", "--feature-map", "magic"], "feature_map must be one of"),
+        (["plot", "gone.json"], "gone.json: no such file"),
+        (["demo", "--minutes", "0"], "--minutes must be positive, got 0"),
+        (["demo", "--data", "gone.txt"], "gone.txt: no such file or folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words)
+    assert code == 2, err
+    assert message in one_error_line(err)
+    assert out == ""
+
+
+def test_bad_results_files(run, tmp_path):
+    bad = tmp_path / "bad.json"
+    for content in ("{", "[1]", "{}", '{"perplexity": {"a": [{"length": 3}]}}'):
+        bad.write_text(content)
+        code, _, err = run("plot", bad, "--out", tmp_path)
+        assert code == 2
+        assert str(bad) in one_error_line(err) or "nothing to draw" in err
+
+
+def test_text_too_short(run, folder, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("One sentence. Another sentence.")
+    code, _, err = run("eval", "--model", folder, "--data", path, "--lengths", 512)
+    assert code == 2
+    assert "short.txt, held-out part: too short" in one_error_line(err)
+
+
+def test_a_failure_is_exit_code_1(run, monkeypatch, folder):
+    from dijiang import hub
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(hub, "load_base", fail)
+    code, _, err = run("generate", "--model", folder, "x")
+    assert code == 1
+    assert one_error_line(err) == "error: the disk is full"
+
+
+def test_json_owns_standard_output(folder, text):
+    """In a process of its own: nothing but the JSON may come out, notes of libraries included."""
+    command = [sys.executable, "-m", "dijiang.cli", "eval", "--model", str(folder), "--data"]
+    options = [str(text), "--lengths", "64", "--tokens", "64", "--distances", "", "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)) == ["data", "perplexity"]
+
+
+def test_without_typer(tmp_path):
+    """One line names the extra to install."""
+    code = (
+        "import sys; sys.modules['typer'] = None\n"
+        "from dijiang.cli import main; raise SystemExit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the command line needs typer and rich: pip install 'dijiang[cli]'\n"
+    )
