@@ -58,14 +58,37 @@ __device__ inline void multiply_rows(float* x_tile, float* y_tile, float* result
   __syncthreads();
 }
 
-// M' of the docs: what the features of a chunk's rows are relative to.
-__device__ inline float feature_scale(const Attention& a, int64_t cell, int64_t i) {
-  const int64_t at = cell * a.params.num_features + i;
-  return a.has_inner ? fmaxf(a.work.scale[at], a.work.chunk_scale[at]) : a.work.scale[at];
-}
-
 __device__ inline float score_scale(const LinearAttentionParams& p) {
   return static_cast<float>(p.scale) * kLog2e;
+}
+
+// A row's numbers once its sums are known. den may be NaN (from NaN inputs): then so is the output.
+struct RowEnd {
+  float factor;  // out = num * factor
+  float scale;   // what is saved
+  float sum;
+};
+
+__device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, float scale) {
+  if (!p.normalize) return {1.0f, 0.0f, 1.0f};
+  float factor = 1.0f;
+  if (p.eps > 0.0) {
+    const auto eps = static_cast<float>(p.eps);
+    const float top = fmaxf(scale, binary_exponent(eps));
+    factor = scale2(1.0f, scale - top);
+    den = den * factor + scale2(eps, -top);
+    scale = top;
+  }
+  if (den == 0.0f) return {0.0f, 0.0f, INFINITY};
+  int exponent;
+  const float fraction = frexpf(den, &exponent);
+  return {factor / den, scale + static_cast<float>(exponent - 1), 2.0f * fraction};
+}
+
+// num 2^scale without the overflow of 2^scale alone when normalize = false.
+__device__ inline float row_output(const LinearAttentionParams& p, float num, const RowEnd& end,
+                                   float scale) {
+  return p.normalize ? num * end.factor : scale2(num, scale);
 }
 
 }  // namespace dijiang::cuda

@@ -14,3 +14,16 @@
 
 #define DIJIANG_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
 #endif
+
+namespace dijiang::cuda {
+
+// Above 48 KB a kernel has to opt in to its dynamic shared memory.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  if (bytes > 48 * 1024) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(bytes));
+  }
+}
+
+}  // namespace dijiang::cuda

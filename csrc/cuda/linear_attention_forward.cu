@@ -20,12 +20,18 @@ __global__ void __launch_bounds__(kThreads) find_row_scales(Attention a) {
   const int row = threadIdx.x / 4, part = threadIdx.x % 4;
   const int64_t row_at = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(row));
   float far = kEmpty, top = kEmpty;
+  using F = Feature<kGiven>;
 
   if (row < t.rows) {
+    const float row_decay = a.has_decay ? decay_between(levels_of(a, t.index, t.kv_head), -1,
+                                                        t.position(row) - t.chunk.key_pos)
+                                        : 0.0f;
     const float* b = a.work.query_features + row_at * p.num_features;
     const int64_t cell = cell_of(a, t.index, t.kv_head);
     for (int64_t i = part; i < p.num_features; i += 4) {
-      far = fmaxf(far, Feature<kGiven>::bound(b[i]) + feature_scale(a, cell, i));
+      const int64_t at = cell * p.num_features + i;
+      far = fmaxf(far, F::bound(b[i], row_decay) + a.work.scale[at]);
+      if (a.has_inner) far = fmaxf(far, F::bound(b[i]) + a.work.chunk_scale[at]);
     }
   }
 
@@ -51,35 +57,6 @@ __global__ void __launch_bounds__(kThreads) find_row_scales(Attention a) {
     a.work.near_scale[row_at] = top;
     a.work.row_scale[row_at] = far < kNone ? kEmpty : far;
   }
-}
-
-// A row's numbers once its sums are known. den may be NaN (from NaN inputs): then so is the output.
-struct RowEnd {
-  float factor;  // out = num * factor
-  float scale;   // what is saved
-  float sum;
-};
-
-__device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, float scale) {
-  if (!p.normalize) return {1.0f, 0.0f, 1.0f};
-  float factor = 1.0f;
-  if (p.eps > 0.0) {
-    const auto eps = static_cast<float>(p.eps);
-    const float top = fmaxf(scale, binary_exponent(eps));
-    factor = scale2(1.0f, scale - top);
-    den = den * factor + scale2(eps, -top);
-    scale = top;
-  }
-  if (den == 0.0f) return {0.0f, 0.0f, INFINITY};
-  int exponent;
-  const float fraction = frexpf(den, &exponent);
-  return {factor / den, scale + static_cast<float>(exponent - 1), 2.0f * fraction};
-}
-
-// num 2^scale without the overflow of 2^scale alone when normalize = false.
-__device__ inline float row_output(const LinearAttentionParams& p, float num, const RowEnd& end,
-                                   float scale) {
-  return p.normalize ? num * end.factor : scale2(num, scale);
 }
 
 // The rows that a pass sums: all of a tile relative to the chunk's M', or a single one relative to
@@ -183,7 +160,7 @@ __device__ inline float sum_rows(const Attention& a, const QueryTile& t, const R
         const bool in_features = i0 + k < m;
         const float top = !in_features          ? 0.0f
                           : choice.single_scale ? choice.single_scale[i0 + k]
-                                                : feature_scale(a, cell, i0 + k);
+                                                : a.work.chunk_scale[cell * m + i0 + k];
         const bool has_row = in_features && chosen(r) && scales[r] > kNone;
         const bool has_key = in_features && r >= c.key_skip && r < c.key_count &&
                              is_far(p, t.position(choice.end - 1), c.key_pos + r);
@@ -426,17 +403,22 @@ __global__ void __launch_bounds__(kThreads) compute_exact_rows(Attention a) {
   for (int row = 0; row < t.rows; ++row) {
     const int64_t row_at = row_index(p, p.num_heads, c.batch, t.head, t.token(row));
     if (!a.work.exact[row_at]) continue;
-    // M^t and r_t of the far part; find_row_scales left the whole row's r, near part included.
+    // M^t and r_t; find_row_scales left the near part.
+    const float row_decay = a.has_decay ? decay_between(levels_of(a, t.index, t.kv_head), -1,
+                                                        t.position(row) - c.key_pos)
+                                        : 0.0f;
     float far = kEmpty;
     for (int64_t i = threadIdx.x; i < m; i += kThreads) {
-      float top = a.work.scale[cell * m + i];
+      float top = kEmpty;
       for (int s = c.key_skip; s < c.key_count; ++s) {
         if (is_far(p, t.position(row), c.key_pos + s)) {
           top = fmaxf(top, F::bound(keys.features(c.key_pos + s)[i]));
         }
       }
       single_scale[i] = top;
-      far = fmaxf(far, F::bound(a.work.query_features[row_at * m + i]) + top);
+      const float b = a.work.query_features[row_at * m + i];
+      far = fmaxf(far, F::bound(b) + top);
+      far = fmaxf(far, F::bound(b, row_decay) + a.work.scale[cell * m + i]);
     }
     far = block_max(far, scratch);
     const float top = fmaxf(far, a.work.near_scale[row_at]);
@@ -521,8 +503,9 @@ void launch_rows(const Attention& a, cudaStream_t stream) {
   DIJIANG_LAUNCH((compute_outputs<T, kGiven, kColumns>), grid, kThreads,
                  OutputTiles<kColumns>::kFloats * sizeof(float), stream, a);
   if (a.has_inner) {
-    DIJIANG_LAUNCH((compute_exact_rows<T, kGiven, kColumns>), grid, kThreads,
-                   exact_shared<kColumns>(p.num_features), stream, a);
+    const size_t shared = exact_shared<kColumns>(p.num_features);
+    allow_shared(compute_exact_rows<T, kGiven, kColumns>, shared);
+    DIJIANG_LAUNCH((compute_exact_rows<T, kGiven, kColumns>), grid, kThreads, shared, stream, a);
   }
 }
 

@@ -184,6 +184,70 @@ TEST(EmulatedForward, SplitAnywhereWithCarriedState) {
   }
 }
 
+// Token by token, from the start and after a prefill that ends anywhere in a block.
+template <class T>
+void check_updates() {
+  for (const int window : {0, 1, 5, 16}) {
+    for (const bool decay : {false, true}) {
+      Problem p;
+      p.kind = window == 5 ? FeatureKind::kSoftmax : FeatureKind::kExp;
+      p.batch = 2;
+      p.heads = 4;
+      p.kv_heads = 2;
+      p.window = window;
+      p.sinks = decay ? 7 : 0;
+      p.decay = decay;
+      p.seqlen = 60;
+      p.dim_v = 20;
+      SCOPED_TRACE(name(p));
+      check_split<T>(p, {}, true);
+      check_split<T>(p, {32}, true);
+      p.kind = FeatureKind::kGiven;
+      check_split<T>(p, {37}, true);
+    }
+  }
+}
+
+TEST(EmulatedUpdate, Float) { check_updates<float>(); }
+TEST(EmulatedUpdate, BFloat16) { check_updates<__nv_bfloat16>(); }
+
+TEST(EmulatedUpdate, WideValuesEluAndNoFeatures) {
+  Problem p;
+  p.kind = FeatureKind::kElu;
+  p.dim_v = 300;
+  p.seqlen = 20;
+  p.window = 4;
+  check_split<float>(p, {3}, true);
+  p.features = 0;
+  p.sinks = 2;
+  check_split<float>(p, {3}, true);
+}
+
+// Far weights that decay has made as nothing must not bury the near ones.
+TEST(EmulatedForward, StrongDecay) {
+  for (const int window : {0, 5, 16}) {
+    Problem p;
+    p.window = window;
+    p.decay = true;
+    p.seqlen = 90;
+    p.fill(4, emulated::round_to<float>);
+    for (size_t t = 0; t < p.log_decay.size(); ++t) {
+      if (t % 11 == 5) p.log_decay[t] = float(-300.0);
+      if (t % 11 == 6) p.log_decay[t] = float(-90.0);
+    }
+    for (double& x : p.weight_k) x += 200.0;  // far above the near scores, before decay
+    const oracle::Result want = oracle::run(p, false);
+    SCOPED_TRACE(name(p));
+    Call<float> call(p);
+    ASSERT_EQ(call.forward(), cudaSuccess);
+    EXPECT_LT(error(emulated::widen(call.out), want.out), 3e-5);
+    Call<float> steps(p);
+    State<float> state(p);
+    for (int t = 0; t < p.seqlen; ++t) ASSERT_EQ(steps.update(t, state), cudaSuccess);
+    EXPECT_LT(error(emulated::widen(steps.out), want.out), 3e-5);
+  }
+}
+
 // 2^60 and more between the features of one chunk: rows before the largest key are exact.
 TEST(EmulatedForward, ExactRows) {
   for (const bool decay : {false, true}) {

@@ -1,0 +1,336 @@
+// One token a sequence: folds what leaves the window, stores the token, reads the state. One block
+// a (sequence, kv head), so that state and maxima change in one place; the lengths follow in a
+// second kernel, once all blocks have read them.
+#include "cuda/attention_rows.h"
+#include "dijiang/core/linear_attention_cuda.h"
+
+namespace dijiang::cuda {
+namespace {
+
+constexpr int kFold = 8;  // keys folded at a time
+constexpr int kWarps = kThreads / 32;
+
+// Shared memory, in floats.
+struct UpdateTiles {
+  float* x;        // (kFold, headdim): keys or a query
+  float* phi;      // (kFold, num_features)
+  float* values;   // (kFold, headdim_v)
+  float* factor;   // (num_features): of the old state
+  float* decay;    // (max(window, 1)): of the keys that are folded, up to the last of them
+  float* weights;  // (2 window + sinks)
+  float* partial;  // (kThreads)
+  float* scratch;  // (32)
+
+  static int64_t floats(const LinearAttentionParams& p) {
+    return kFold * (p.headdim + p.num_features + p.headdim_v) + p.num_features +
+           (p.window > 0 ? p.window : 1) + 2 * p.window + p.sinks + kThreads + 32;
+  }
+  __device__ UpdateTiles(const LinearAttentionParams& p, float* shared) {
+    x = shared;
+    phi = x + kFold * p.headdim;
+    values = phi + kFold * p.num_features;
+    factor = values + kFold * p.headdim_v;
+    decay = factor + p.num_features;
+    weights = decay + (p.window > 0 ? p.window : 1);
+    partial = weights + 2 * p.window + p.sinks;
+    scratch = partial + kThreads;
+  }
+};
+
+// phi[r][i] of `rows` rows of x, as compute_features writes them. Barriers before and after.
+__device__ inline void update_features(const LinearAttentionParams& p, const FeatureParams& feature,
+                                       int head, int rows, const UpdateTiles& tiles) {
+  const int64_t m = p.num_features, d = p.headdim;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();
+  if (p.kind == FeatureKind::kGiven) {
+    for (int64_t e = threadIdx.x; e < rows * m; e += kThreads) tiles.phi[e] = tiles.x[e];
+    __syncthreads();
+    return;
+  }
+  const auto* omega = static_cast<const float*>(feature.omega) + head * m * d;
+  const auto* log_weight = static_cast<const float*>(feature.log_weight);
+  const auto* beta = static_cast<const float*>(feature.beta);
+  const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
+  float norm[kFold];
+  if (beta) {  // every warp for itself
+    for (int r = 0; r < rows; ++r) {
+      float sum = 0.0f;
+      for (int64_t k = lane; k < d; k += 32) {
+        sum = fmaf(tiles.x[r * d + k], tiles.x[r * d + k], sum);
+      }
+      norm[r] = warp_sum(sum) * beta[head] * score_scale(p);
+    }
+  }
+  for (int64_t i = warp; i < m; i += kWarps) {
+    float sum[kFold] = {};
+    for (int64_t k = lane; k < d; k += 32) {
+      const float w = omega[i * d + k];
+      for (int r = 0; r < rows; ++r) sum[r] = fmaf(w, tiles.x[r * d + k], sum[r]);
+    }
+    const float weight = log_weight ? log_weight[head * m + i] * kLog2e : 0.0f;
+    for (int r = 0; r < rows; ++r) {
+      const float u = warp_sum(sum[r]) * scale;
+      float y = u;
+      if (p.kind == FeatureKind::kExp) {
+        y = u + weight - (beta ? norm[r] : 0.0f);
+      } else if (p.kind == FeatureKind::kElu) {
+        y = (u > 0.0f ? log1pf(u * kLn2) * kLog2e : u) + weight;
+      }
+      if (lane == 0) tiles.phi[r * m + i] = y;
+    }
+  }
+  __syncthreads();
+  if (p.kind != FeatureKind::kSoftmax) return;
+  for (int r = warp; r < rows; r += kWarps) {
+    float* row = tiles.phi + r * m;
+    float top = kEmpty, sum = 0.0f;
+    for (int64_t i = lane; i < m; i += 32) top = fmaxf(top, row[i]);
+    top = warp_max(top);
+    for (int64_t i = lane; i < m; i += 32) sum += exp2f(row[i] - top);
+    sum = warp_sum(sum);
+    for (int64_t i = lane; i < m; i += 32) {
+      const float weight = log_weight ? log_weight[head * m + i] * kLog2e : 0.0f;
+      row[i] = (row[i] - top) - log2f(sum) + weight;
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, bool kGiven>
+__global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionParams p) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  const UpdateTiles tiles(p, reinterpret_cast<float*>(raw));
+  const int64_t m = p.num_features, d = p.headdim, dv = p.headdim_v, w = p.window, n = p.sinks;
+  const int64_t seq = blockIdx.x / p.num_kv_heads;
+  const int head = static_cast<int>(blockIdx.x % p.num_kv_heads);
+  const int64_t cell = blockIdx.x;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int64_t pos = p.final.length ? p.final.length[seq] : 0;
+  auto* kv = static_cast<float*>(p.final.kv) + cell * m * dv;
+  auto* z = static_cast<float*>(p.final.z) + cell * m;
+  auto* scale = static_cast<float*>(p.final.log_scale) + cell * m;
+  auto* window_k = static_cast<T*>(p.final.window_k) + cell * 2 * w * d;
+  auto* window_v = static_cast<T*>(p.final.window_v) + cell * 2 * w * dv;
+  auto* sink_k = static_cast<T*>(p.final.sink_k) + cell * n * d;
+  auto* sink_v = static_cast<T*>(p.final.sink_v) + cell * n * dv;
+  float* window_decay =
+      p.final.window_decay ? static_cast<float*>(p.final.window_decay) + cell * 2 * w : nullptr;
+  const Row<T> key = view_row<T>(p.k, seq, head, 0), value = view_row<T>(p.v, seq, head, 0);
+  const float log_decay =
+      p.log_decay
+          ? fmaxf(static_cast<const float*>(
+                      p.log_decay)[seq * p.log_decay_stride_batch + head * p.log_decay_stride_head],
+                  -1e9f)
+          : 0.0f;
+  const bool has_decay = p.log_decay != nullptr;
+  using F = Feature<kGiven>;
+
+  // --- fold: this token when there is no window, else the block that leaves it -----------------
+  const bool folds = m > 0 && (w == 0 || (pos % w == 0 && pos >= 2 * w));
+  if (folds) {
+    const int64_t begin = w == 0 ? pos : pos - 2 * w;
+    const int count = w == 0 ? 1 : static_cast<int>(w);
+    const int skip = n <= begin ? 0 : n - begin < count ? static_cast<int>(n - begin) : count;
+    double total = 0.0;  // every thread alike
+    if (has_decay) {
+      if (w == 0) {
+        total = double(log_decay) * double(kLog2e);
+        if (tid == 0) tiles.decay[0] = 0.0f;
+      } else if (window_decay) {
+        for (int s = count - 1; s >= 0; --s) {
+          if (tid == 0) tiles.decay[s] = static_cast<float>(total);
+          total += double(fmaxf(window_decay[(begin + s) % (2 * w)], -1e9f)) * double(kLog2e);
+        }
+      } else {
+        for (int s = tid; s < count; s += kThreads) tiles.decay[s] = 0.0f;
+      }
+    }
+    float whole = floorf(static_cast<float>(total));
+    float fraction = exp2f(static_cast<float>(total) - whole);
+    int s0 = skip;
+    do {  // once at least, for the decay
+      const int rows = count - s0 < kFold ? count - s0 : kFold;
+      __syncthreads();
+      for (int64_t e = tid; e < rows * d; e += kThreads) {
+        const int64_t k = e % d, slot = w > 0 ? (begin + s0 + e / d) % (2 * w) : 0;
+        tiles.x[e] = w == 0 ? key[k] : to_float(window_k[slot * d + k]);
+      }
+      for (int64_t e = tid; e < rows * dv; e += kThreads) {
+        const int64_t j = e % dv, slot = w > 0 ? (begin + s0 + e / dv) % (2 * w) : 0;
+        tiles.values[e] = w == 0 ? value[j] : to_float(window_v[slot * dv + j]);
+      }
+      update_features(p, p.fk, head, rows, tiles);
+      for (int64_t i = tid; i < m; i += kThreads) {
+        const float old = fmaxf(scale[i] + whole, kEmpty);
+        float top = old;
+        for (int r = 0; r < rows; ++r) {
+          const float x = tiles.phi[r * m + i];
+          top = fmaxf(top, has_decay ? F::bound(x, tiles.decay[s0 + r]) : F::bound(x));
+        }
+        tiles.factor[i] = scale2(fraction, old - top);
+        float sum = z[i] * tiles.factor[i];
+        for (int r = 0; r < rows; ++r) {
+          float& x = tiles.phi[r * m + i];
+          x = has_decay ? F::scaled(x, tiles.decay[s0 + r], -top) : F::scaled(x, -top);
+          sum += x;
+        }
+        z[i] = sum;
+        scale[i] = top;
+      }
+      __syncthreads();
+      for (int64_t e = tid; e < m * dv; e += kThreads) {
+        const int64_t i = e / dv, j = e % dv;
+        float sum = kv[e] * tiles.factor[i];
+        for (int r = 0; r < rows; ++r) {
+          sum = fmaf(tiles.phi[r * m + i], tiles.values[r * dv + j], sum);
+        }
+        kv[e] = sum;
+      }
+      whole = 0.0f;
+      fraction = 1.0f;
+      s0 += rows;
+    } while (s0 < count);
+  }
+  __syncthreads();
+
+  // --- store the token ---------------------------------------------------------------------------
+  const int64_t slot = w > 0 ? pos % (2 * w) : 0;
+  for (int64_t k = tid; k < d; k += kThreads) {
+    const T x = key.data[k * key.stride];
+    if (w > 0) window_k[slot * d + k] = x;
+    if (pos < n) sink_k[pos * d + k] = x;
+  }
+  for (int64_t j = tid; j < dv; j += kThreads) {
+    const T x = value.data[j * value.stride];
+    if (w > 0) window_v[slot * dv + j] = x;
+    if (pos < n) sink_v[pos * dv + j] = x;
+  }
+  if (tid == 0 && w > 0 && window_decay) window_decay[slot] = log_decay;
+  __syncthreads();
+
+  // --- read --------------------------------------------------------------------------------------
+  const int64_t fold_end = w > 0 && pos >= w ? (pos / w - 1) * w : 0;
+  const int64_t window_begin = fold_end > n ? fold_end : n;
+  const int sinks = static_cast<int>(n < pos + 1 ? n : pos + 1);
+  const int near = sinks + (w > 0 && window_begin <= pos ? int(pos + 1 - window_begin) : 0);
+  const auto near_key = [&](int s) {
+    return s < sinks ? sink_k + s * d : window_k + (window_begin + s - sinks) % (2 * w) * d;
+  };
+  const auto near_value = [&](int s) {
+    return s < sinks ? sink_v + s * dv : window_v + (window_begin + s - sinks) % (2 * w) * dv;
+  };
+  float row_decay = 0.0f;  // since the last folded token
+  if (has_decay && w > 0 && window_decay) {
+    double sum = 0.0;
+    for (int64_t s = fold_end + lane; s <= pos; s += 32) {
+      sum += double(fmaxf(window_decay[s % (2 * w)], -1e9f));
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    row_decay = static_cast<float>(sum * double(kLog2e));
+  }
+
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  for (int64_t g = 0; g < group; ++g) {
+    const auto query_head = static_cast<int>(head * group + g);
+    const Row<T> query = view_row<T>(p.q, seq, query_head, 0);
+    for (int64_t k = tid; k < d; k += kThreads) tiles.x[k] = query[k];
+    if (m > 0) update_features(p, p.fq, query_head, 1, tiles);
+    __syncthreads();
+    float top = kEmpty;
+    for (int s = warp; s < near; s += kWarps) {
+      const T* row = near_key(s);
+      float sum = 0.0f;
+      for (int64_t k = lane; k < d; k += 32) sum = fmaf(tiles.x[k], to_float(row[k]), sum);
+      sum = warp_sum(sum) * score_scale(p);
+      if (lane == 0) tiles.weights[s] = sum;
+      top = fmaxf(top, ceilf(sum));
+    }
+    for (int64_t i = tid; i < m; i += kThreads) {
+      top = fmaxf(top, F::bound(tiles.phi[i], row_decay) + scale[i]);
+    }
+    top = block_max(top, tiles.scratch);
+    if (top < kNone) top = kEmpty;
+    float den = 0.0f;
+    for (int s = tid; s < near; s += kThreads) {
+      tiles.weights[s] = exp2_scaled(tiles.weights[s], -top);
+      den += tiles.weights[s];
+    }
+    for (int64_t i = tid; i < m; i += kThreads) {
+      const float x = top > kNone ? F::scaled(tiles.phi[i], row_decay, scale[i] - top) : 0.0f;
+      tiles.phi[i] = x;
+      den = fmaf(x, z[i], den);
+    }
+    den = block_sum(den, tiles.scratch);  // its barriers also complete weights and phi
+    const RowEnd end = finish_row(p, den, top);
+    T* out = static_cast<T*>(p.out) + (seq * p.num_heads + query_head) * dv;
+    // Few columns: several threads share one.
+    const int columns = dv < kThreads ? static_cast<int>(dv) : kThreads;
+    const int parts = kThreads / columns, part = tid / columns;
+    for (int64_t j0 = 0; j0 < dv; j0 += columns) {
+      const int64_t j = j0 + tid % columns;
+      float num = 0.0f;
+      if (part < parts && j < dv) {
+        for (int64_t i = part; i < m; i += parts) num = fmaf(tiles.phi[i], kv[i * dv + j], num);
+        for (int s = part; s < near; s += parts) {
+          num = fmaf(tiles.weights[s], to_float(near_value(s)[j]), num);
+        }
+      }
+      tiles.partial[tid] = num;
+      __syncthreads();
+      if (part == 0 && j < dv) {
+        for (int q = 1; q < parts; ++q) num += tiles.partial[q * columns + tid];
+        out[j] = from_float<T>(row_output(p, num, end, top));
+      }
+      __syncthreads();
+    }
+    if (tid == 0) {
+      const int64_t at = seq * p.num_heads + query_head;
+      if (p.row_scale) static_cast<float*>(p.row_scale)[at] = end.scale;
+      if (p.row_sum) static_cast<float*>(p.row_sum)[at] = end.sum;
+    }
+  }
+}
+
+__global__ void advance_lengths(int64_t* length, int64_t count) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (n < count) ++length[n];
+}
+
+template <class T, bool kGiven>
+cudaError_t launch_update(const LinearAttentionParams& p, cudaStream_t stream) {
+  const size_t shared = UpdateTiles::floats(p) * sizeof(float);
+  allow_shared(update_attention<T, kGiven>, shared);
+  DIJIANG_LAUNCH((update_attention<T, kGiven>),
+                 dim3(static_cast<unsigned>(p.batch * p.num_kv_heads)), kThreads, shared, stream,
+                 p);
+  if (p.final.length) {
+    DIJIANG_LAUNCH(advance_lengths, dim3(static_cast<unsigned>((p.batch + 127) / 128)), 128, 0,
+                   stream, p.final.length, p.batch);
+  }
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_update_kind(const LinearAttentionParams& p, cudaStream_t stream) {
+  return p.kind == FeatureKind::kGiven ? launch_update<T, true>(p, stream)
+                                       : launch_update<T, false>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t linear_attention_update(const LinearAttentionParams& params, cudaStream_t stream) {
+  if (params.batch == 0) return cudaSuccess;
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return launch_update_kind<float>(params, stream);
+    case DType::kBFloat16:
+      return launch_update_kind<__nv_bfloat16>(params, stream);
+    case DType::kFloat16:
+      return launch_update_kind<__half>(params, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+}  // namespace dijiang::cuda
