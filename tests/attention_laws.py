@@ -1,0 +1,163 @@
+"""What causal_linear_attention and kernelized_attention must both obey, as functions of a Case."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from attention_cases import assert_close, clone_state, error, plain, true_state
+from dijiang import ops, reference
+
+
+def split(case, cuts):
+    """The case in pieces, the state carried over."""
+    outs, state = [], None
+    for begin, end in zip([0, *cuts], [*cuts, case.q.shape[2]], strict=True):
+        out, state = case.slice(begin, end).run(initial_state=state, return_state=True)
+        outs.append(out)
+    return torch.cat(outs, 2), state
+
+
+def token_by_token(case, state, begin):
+    """Updates from token `begin` on, in a copy of `state`."""
+    state, outs = clone_state(state), []
+    for t in range(begin, case.q.shape[2]):
+        one = case.slice(t, t + 1)
+        options = {**case.options, "log_decay": one.log_decay}
+        if case.given:
+            f, features = ops.causal_linear_attention_update, ()
+        else:
+            f, features = ops.kernelized_attention_update, (one.fq, one.fk)
+        outs.append(f(one.q, one.k, one.v, state, *features, **options))
+    return torch.cat(outs, 2), state
+
+
+def check_all_forms(case, dtype, device):
+    """quadratic = chunked = split = recurrent, outputs and final states."""
+    case = case.to(dtype, device)
+    oracle = case.double()
+    truth, true_final = oracle.run(reference, "_recurrent", return_state=True)
+    assert_close(oracle.run(reference), truth, torch.float64)
+
+    chunked, final = case.run(return_state=True)
+    assert chunked.dtype == dtype and final.kv.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(chunked, truth, dtype)
+    in_pieces, final_of_pieces = split(case, [1, 61, 62, 100])
+    assert_close(in_pieces, truth, dtype)
+    cut = case.q.shape[2] // 2
+    _, state = case.slice(0, cut).run(return_state=True)
+    updated, final_of_updates = token_by_token(case, state, cut)
+    assert_close(updated, truth[:, :, cut:], dtype)
+    for got in (final, final_of_pieces, final_of_updates):
+        for x, expected in zip(true_state(got), true_state(true_final), strict=True):
+            if expected.numel() and expected.any():
+                assert_close(x, expected, dtype)
+        if not case.given:
+            assert got.length.tolist() == true_final.length.tolist()
+
+
+def check_packed(case, dtype, device):
+    """Sequences packed into a row are what they are alone; states come out one a sequence."""
+    case = case.to(dtype, device)
+    ends = [0, 1, 40, 40, 103, case.q.shape[2]]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    packed, states = case.run(cu_seqlens=cu_seqlens, return_state=True)
+    assert states.kv.shape[0] == len(ends) - 1
+    for n, (begin, end) in enumerate(pairwise(ends)):
+        alone, state = case.slice(begin, end).run(return_state=True)
+        if end > begin:
+            assert_close(packed[:, :, begin:end], alone.double().cpu(), dtype)
+        for x, expected in zip(true_state(states), true_state(state), strict=True):
+            if expected.numel() and expected.any():
+                assert_close(x[n], expected[0].cpu(), dtype)
+    # Carried on: the states of the packed row are the initial states of the next.
+    again = case.run(cu_seqlens=cu_seqlens, initial_state=states)
+    begin, end = ends[3:5]
+    row = type(states)(*(None if x is None else x[3:4] for x in states))
+    alone = case.slice(begin, end).run(initial_state=row)
+    assert_close(again[:, :, begin:end], alone.double().cpu(), dtype)
+
+
+def check_padding(case, dtype, device):
+    """Left and right padding, whatever it holds, changes no output and gets no gradient."""
+    case = case.to(dtype, device)
+    seqlen = case.q.shape[2]
+    bounds = [[seqlen - 77, seqlen], [9, 140]]
+    for row, (begin, end) in enumerate(bounds):
+        for x in (case.q, case.k, case.v):
+            x[row, :, :begin] = x[row, :, end:] = float("nan")
+    case = case.require_grad()
+    seq_bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
+    out, states = case.run(seq_bounds=seq_bounds, return_state=True)
+    grads = torch.autograd.grad(out.square().sum(), list(case.inputs().values()))
+    named = dict(zip(case.inputs(), grads, strict=True))
+    for row, (begin, end) in enumerate(bounds):
+        real = case.slice(begin, end)
+        alone, state = real.run(return_state=True)
+        assert_close(out[row, :, begin:end], alone[row].detach().double().cpu(), dtype)
+        assert out[row, :, :begin].eq(0).all() and out[row, :, end:].eq(0).all()
+        for x, expected in zip(true_state(states), true_state(state), strict=True):
+            if expected.numel() and expected.any():
+                assert_close(x[row], expected[row].detach().cpu(), dtype)
+        for name in "qkv":
+            padding = torch.cat([named[name][row, :, :begin], named[name][row, :, end:]], 1)
+            assert padding.eq(0).all()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def check_causal(case, dtype, device):
+    """Changing the future changes no past output in any bit, however large the new keys."""
+    case = case.to(dtype, device)
+    for cut in (1, 63, 64, 90, case.q.shape[2] - 1):
+        before = case.run()
+        for size in (1.0, 30.0, 1e4):
+            changed = case.slice(0, case.q.shape[2])
+            changed.q, changed.k, changed.v = (x.clone() for x in (case.q, case.k, case.v))
+            for x in (changed.q, changed.k, changed.v):
+                noise = size * torch.randn_like(x[:, :, cut:])
+                x[:, :, cut:] = noise.abs() if case.given else noise
+            assert torch.equal(changed.run()[:, :, :cut], before[:, :, :cut])
+
+
+def check_gradients(case, dtype, device):
+    """Against the gradients of the quadratic form."""
+    case = case.to(dtype, device)
+    oracle = case.double().require_grad()
+    case = case.require_grad()
+    torch.manual_seed(1)
+    weight = torch.randn(*case.q.shape[:3], case.v.shape[3], dtype=torch.float64)
+    expected = torch.autograd.grad(
+        (weight * oracle.run(reference)).sum(), list(oracle.inputs().values()), allow_unused=True
+    )
+    grads = torch.autograd.grad(
+        case.run(), list(case.inputs().values()), weight.to(device, dtype), allow_unused=True
+    )
+    for name, got, truth in zip(case.inputs(), grads, expected, strict=True):
+        if truth is None or not truth.any():
+            assert got is None or not got.any(), name
+        else:
+            assert error(got, truth) <= (1e-10 if dtype == torch.float64 else 1e-5), name
+
+
+def check_low_precision_law(case, dtype, device):
+    """Output and gradients are at most twice as wrong as plain PyTorch at that dtype."""
+    case = case.to(dtype, device)
+    cast = lambda params: None if params is None else params._replace(  # noqa: E731
+        **{n: None if x is None else x.to(dtype) for n, x in
+           zip(("omega", "log_weight", "beta"), params[:3], strict=True)})  # fmt: skip
+    # Parameters that the low precision holds exactly: the difference is in the arithmetic alone.
+    case.fq, case.fk = cast(case.fq), cast(case.fk)
+    if case.log_decay is not None:
+        case.log_decay = case.log_decay.to(dtype)
+    oracle, naive, case = (x.require_grad() for x in (case.double(), case, case))
+    weight = torch.randn(*case.q.shape[:3], case.v.shape[3]).to(device, dtype)
+    outs = [oracle.run(reference), plain(naive), case.run()]
+    results = [
+        [out, *torch.autograd.grad((out * weight.to(out)).sum(), [c.q, c.k, c.v])]
+        for out, c in zip(outs, (oracle, naive, case), strict=True)
+    ]
+    names = ["out", "q", "k", "v"]
+    for name, truth, baseline, got in zip(names, *results, strict=True):
+        assert error(got.detach(), truth.detach()) <= 2 * error(
+            baseline.detach(), truth.detach()
+        ), name

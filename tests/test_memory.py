@@ -1,0 +1,85 @@
+"""Memory is linear in seqlen, and views are read where they lie. Each measurement is a process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+
+MEASURE = """
+import json, resource, sys
+import torch
+from dijiang import ops, reference
+
+module, lengths = {"ops": ops, "reference": reference}[sys.argv[1]], json.loads(sys.argv[2])
+torch.set_num_threads(1)
+
+def step(seqlen):
+    q, k, v = (torch.randn(1, 2, seqlen, 16, requires_grad=True) for _ in range(3))
+    params = ops.FeatureParams(torch.randn(2, 16, 16))
+    out = module.kernelized_attention(q, k, v, params, params, window=64, sinks=4)
+    out.sum().backward()
+
+def peak():  # of the process so far, bytes
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+step(64)
+base, peaks = peak(), []
+for seqlen in lengths:  # rising, as a peak never falls
+    step(seqlen)
+    peaks.append(peak() - base)
+print(json.dumps(peaks))
+"""
+
+EXPANDED = """
+import resource
+import torch
+from dijiang import ops
+
+torch.set_num_threads(1)
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+small = torch.rand(1, 1, 1, 256)
+ops.causal_linear_attention(small, small, small[..., :1])
+base = peak()
+q = small.expand(1, 64, 4096, 256)   # 268 MB if it were copied
+k, v = small.expand(1, 8, 4096, 256), small[..., :1].expand(1, 8, 4096, 1)
+ops.causal_linear_attention(q, k, v, log_decay=torch.full((8,), -0.1))
+print(peak() - base)
+"""
+
+
+def run(program, *args):
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def growth(peaks, lengths):
+    """How many times the memory of the longest exceeds that of a quarter of it: 4 if linear."""
+    return peaks[-1] / peaks[lengths.index(lengths[-1] // 4)]
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    return run(MEASURE, "ops", json.dumps(LENGTHS))
+
+
+def test_linear_in_seqlen(peaks):
+    assert growth(peaks, LENGTHS) < 5
+    # Inputs, output and gradients are 7 float32 tensors of 32 numbers a token; doubled for
+    # temporaries, this is what one token may cost. 65,536^2 weights would be 34 GB.
+    assert peaks[-1] < 2 * 7 * 32 * 4 * LENGTHS[-1]
+
+
+def test_the_measure_sees_quadratic_memory():
+    lengths = [256, 512, 1024]
+    assert growth(run(MEASURE, "reference", json.dumps(lengths)), lengths) > 8
+
+
+def test_expanded_views_are_not_copied():
+    assert run(EXPANDED) < 64e6
