@@ -41,6 +41,50 @@ DIJIANG_INLINE void dispatch_given(FeatureKind kind, Body&& body) {
   return body(std::false_type{});
 }
 
+// Gradients of one head's parameters on their way to the workspace: a few tiles in Acc, the whole
+// sequence in double.
+template <typename Acc>
+struct FeatureSums {
+  int64_t m = 0, d = 0, mp = 0, dp = 0;
+  Acc* omega = nullptr;   // (mp, dp), of q or k: sqrt(scale) is missing
+  Acc* weight = nullptr;  // (mp)
+  double beta = 0;
+  bool want_beta = false;
+  int64_t pending = 0;    // rows in omega and weight
+  double* target = nullptr;  // omega (m, d), weight (m), beta
+
+  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim) {
+    m = kind == FeatureKind::kGiven ? 0 : num_features;
+    d = headdim;
+    mp = padded<Acc>(m);
+    dp = padded<Acc>(d);
+    omega = scratch.take<Acc>(mp * dp);
+    weight = scratch.take<Acc>(mp);
+  }
+  void begin(double* row, bool beta_wanted) {
+    target = row;
+    beta = 0;
+    pending = 0;
+    want_beta = beta_wanted;
+    if (m > 0) fill(target, m * (d + 1) + 1, 0.0);
+  }
+  void flush(double scale) {
+    if (m == 0) return;
+    const double root = std::sqrt(scale);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < d; ++j) target[i * d + j] += root * omega[i * dp + j];
+      target[m * d + i] += weight[i];
+    }
+    fill(omega, mp * dp, Acc(0));
+    fill(weight, mp, Acc(0));
+    pending = 0;
+  }
+  void finish(double scale) {
+    flush(scale);
+    if (m > 0) target[m * d + m] = beta;
+  }
+};
+
 // The parameters of one head, prepared for rows of x.
 template <typename Acc>
 class Features {
@@ -57,6 +101,7 @@ class Features {
   }
 
   void set(const FeatureParams& params, int64_t head, double scale) {
+    scale_ = static_cast<Acc>(scale);
     if (weight_ == nullptr) return;
     const Acc* omega = static_cast<const Acc*>(params.omega) + head * m_ * d_;
     const double unit = kind_ == FeatureKind::kElu ? 1.0 : kLog2E;
@@ -109,6 +154,47 @@ class Features {
     }
   }
 
+  // From db (rows x padded m), the natural gradient of the exponents, and the `plain` of the
+  // forward: adds d x to dx (rows x padded d) and the parameters' gradients to grads. Overwrites db.
+  void backward(const Acc* x, int64_t rows, Acc* db, const Acc* plain, Acc* dx,
+                FeatureSums<Acc>& grads) const {
+    constexpr int L = kLanes<Acc>;
+    if (kind_ == FeatureKind::kGiven) {
+      for (int64_t i = 0; i < rows * mp_; i += L) store(dx + i, load(dx + i) + load(db + i));
+      return;
+    }
+    for (int64_t t = 0; t < rows; ++t) {
+      Acc* row = db + t * mp_;
+      const Acc* u = plain + t * mp_;
+      Vec<Acc> sums{};
+      for (int64_t i = 0; i < mp_; i += L) {
+        const Vec<Acc> d = load(row + i);
+        sums += d;
+        store(grads.weight + i, load(grads.weight + i) + d);
+      }
+      const Acc sum = horizontal_sum<Acc>(sums);
+      if (kind_ == FeatureKind::kExp) {
+        if (norm_factor_ == 0 && !grads.want_beta) continue;
+        Acc norm = 0;
+        for (int64_t j = 0; j < dp_; ++j) norm += x[t * dp_ + j] * x[t * dp_ + j];
+        grads.beta -= static_cast<double>(norm * scale_) * sum;
+        const Acc factor = -2 * norm_factor_ / static_cast<Acc>(kLog2E) * sum;
+        for (int64_t j = 0; j < dp_; ++j) dx[t * dp_ + j] += factor * x[t * dp_ + j];
+      } else if (kind_ == FeatureKind::kSoftmax) {
+        for (int64_t i = 0; i < m_; ++i) row[i] -= exp2_scaled_one(u[i], Acc(0)) * sum;
+      } else {
+        for (int64_t i = 0; i < m_; ++i) row[i] /= u[i] > 0 ? 1 + u[i] : Acc(1);
+      }
+    }
+    gemm<Operand::kTransposed, Operand::kPlain>(mp_, dp_, rows, db, mp_, x, dp_, grads.omega, dp_);
+    // weight_ is omega^T sqrt(scale) in units of the exponent.
+    const Acc unit = static_cast<Acc>(kind_ == FeatureKind::kElu ? 1.0 : 1 / kLog2E);
+    for (int64_t i = 0; i < rows * mp_; i += L) store(db + i, load(db + i) * unit);
+    gemm<Operand::kPlain, Operand::kTransposed>(rows, dp_, mp_, db, mp_, weight_, mp_, dx, dp_);
+    grads.pending += rows;
+    if (grads.pending >= kTile) grads.flush(scale_);
+  }
+
   int64_t padded_features() const { return mp_; }
 
  private:
@@ -140,6 +226,7 @@ class Features {
   int64_t m_ = 0, d_ = 0, mp_ = 0, dp_ = 0;
   Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for kElu
   Acc* bias_ = nullptr;    // (padded m): log_weight log2 e
+  Acc scale_ = 1;
   Acc norm_factor_ = 0;    // beta scale log2 e
 };
 

@@ -21,5 +21,6 @@
 #endif
 
 #include "cpu/dtype.h"
+#include "cpu/linear_attention_workspace.h"
 #include "dijiang/core/linear_attention.h"
 #include "dijiang/core/types.h"

@@ -269,7 +269,7 @@ class KeyWalk {
 
   // Folds n keys with the exponents a; log_decay is log2 of each token's own decay.
   void fold(int64_t n, const double* log_decay, const Acc* values) {
-    Acc shift[kTile], factor[kTile];
+    Acc shift[kTile] = {}, factor[kTile] = {};
     double since = 0;
     for (int64_t s = n - 1; s >= 0; --s) {
       const Decay<Acc> decay(since);

@@ -1,6 +1,7 @@
 // Entry points of the linear attention kernels, included once per instruction set.
 #pragma once
 
+#include "cpu/backward_keys.h"
 #include "cpu/linear_attention_forward.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
@@ -25,6 +26,17 @@ void update_tasks(const LinearAttentionParams& params, int64_t begin, int64_t en
   for (int64_t task = begin; task < end; ++task) forward.run(task, params.final, params.final);
 }
 
+template <typename Acc>
+void backward_tasks(const LinearAttentionBackwardParams& params, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  BackwardQueries<Acc> queries(params);
+  BackwardKeys<Acc> keys(params, queries);
+  for (int64_t task = begin; task < end; ++task) {
+    queries.run(task);
+    keys.run();
+  }
+}
+
 void linear_attention_forward(const LinearAttentionParams& params, int64_t begin, int64_t end) {
   if (params.dtype == DType::kFloat64) return forward_tasks<double>(params, begin, end);
   forward_tasks<float>(params, begin, end);
@@ -33,6 +45,12 @@ void linear_attention_forward(const LinearAttentionParams& params, int64_t begin
 void linear_attention_update(const LinearAttentionParams& params, int64_t begin, int64_t end) {
   if (params.dtype == DType::kFloat64) return update_tasks<double>(params, begin, end);
   update_tasks<float>(params, begin, end);
+}
+
+void linear_attention_backward(const LinearAttentionBackwardParams& params, int64_t begin,
+                               int64_t end) {
+  if (params.forward.dtype == DType::kFloat64) return backward_tasks<double>(params, begin, end);
+  backward_tasks<float>(params, begin, end);
 }
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

@@ -174,10 +174,59 @@ class Case {
     return out.values();
   }
 
+  // After forward(). grad_kv and grad_z are gradients of the final state as it is stored.
+  void backward(const Array& grad_out, const Array& grad_kv = {}, const Array& grad_z = {}) {
+    const DType acc = acc_of(dtype);
+    LinearAttentionBackwardParams s;
+    s.forward = params();
+    const Tensor upstream(dtype, grad_out), upstream_kv(acc, grad_kv), upstream_z(acc, grad_z);
+    s.grad_out = view_of(upstream, p.heads, p.seqlen, p.dv);
+    if (!grad_kv.empty()) {
+      s.grad_final_kv = upstream_kv.data();
+      s.grad_final_z = upstream_z.data();
+      s.final_kv = final.kv.data();
+      s.final_z = final.z.data();
+      s.final_log_scale = final.log_scale.data();
+    }
+    const double nan = std::numeric_limits<double>::quiet_NaN();  // everything must be written
+    const double padding = p.segments.empty() ? nan : 0.0;
+    const auto like = [&](const Tensor& x, DType type, double value) {
+      return Tensor(type, Array(x.size(), value));
+    };
+    dq = like(q, dtype, padding);
+    dk = like(k, dtype, padding);
+    dv = like(v, dtype, padding);
+    domega_q = like(omega_q, acc, nan);
+    dweight_q = like(weight_q, acc, nan);
+    dbeta_q = like(beta_q, acc, nan);
+    domega_k = like(omega_k, acc, nan);
+    dweight_k = like(weight_k, acc, nan);
+    dbeta_k = like(beta_k, acc, nan);
+    dlog_decay = like(log_decay, acc, padding);
+    dkv = like(initial.kv, acc, nan);
+    dz = like(initial.z, acc, nan);
+    s.grad_q = dq.data();
+    s.grad_k = dk.data();
+    s.grad_v = dv.data();
+    s.grad_fq = {domega_q.data(), dweight_q.data(), dbeta_q.data()};
+    s.grad_fk = {domega_k.data(), dweight_k.data(), dbeta_k.data()};
+    s.grad_log_decay = dlog_decay.data();
+    s.grad_initial_kv = dkv.data();
+    s.grad_initial_z = dz.data();
+    std::vector<char> workspace(cpu::linear_attention_backward_workspace(s));
+    s.workspace = workspace.data();
+    const int64_t tasks = cpu::linear_attention_num_tasks(s.forward);
+    for (int64_t task = tasks - 1; task >= 0; --task) {
+      cpu::linear_attention_backward(s, task, task + 1);
+    }
+    cpu::linear_attention_backward_finish(s);
+  }
+
   DType dtype;
   Problem p;
   Tensor q, k, v, omega_q, weight_q, beta_q, omega_k, weight_k, beta_k, log_decay;
   Tensor out, row_scale, row_sum;
+  Tensor dq, dk, dv, domega_q, dweight_q, dbeta_q, domega_k, dweight_k, dbeta_k, dlog_decay, dkv, dz;
   State initial, final;
 };
 

@@ -213,5 +213,81 @@ TEST(LinearAttentionUpdate, TokenByTokenEqualsTheForward) {
   });
 }
 
+Array random_array(size_t count, int seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> distribution(0, 1);
+  Array x(count);
+  for (double& e : x) e = distribution(generator);
+  return x;
+}
+
+double dot(const Array& x, const Array& y) {
+  double sum = 0;
+  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+// Every gradient against central differences of the definition, at up to `samples` random places
+// of each tensor. With a state the loss also holds the final state.
+void check_gradients(const Problem& problem, DType dtype, double tolerance, int samples = 12) {
+  Case c(problem, dtype);
+  c.forward();
+  const Array grad_out = Tensor(dtype, random_array(c.out.size(), 1)).values();
+  Array grad_kv, grad_z;
+  const bool state = !problem.kv.empty();
+  if (state) {
+    grad_kv = random_array(c.final.kv.size(), 2);
+    grad_z = random_array(c.final.z.size(), 3);
+  }
+  c.backward(grad_out, grad_kv, grad_z);
+  const Array log_scale = c.final.log_scale.values();
+  const auto loss = [&](const Problem& p) {
+    double sum = dot(reference::attention(p).out, grad_out);
+    if (state) {
+      const reference::State final = reference::final_state(p, log_scale);
+      sum += dot(final.kv, grad_kv) + dot(final.z, grad_z);
+    }
+    return sum;
+  };
+  std::mt19937 generator(7);
+  const auto check = [&](Array Problem::*member, const Tensor& gradient, const char* name) {
+    const Array got = gradient.values();
+    ASSERT_EQ(got.size(), (c.p.*member).size()) << name;
+    if (got.empty()) return;
+    Array chosen, want;
+    for (int n = 0; n < samples; ++n) {
+      const size_t i = n < 2 ? n * (got.size() - 1) : generator() % got.size();
+      Problem p = c.p;
+      const double step = 1e-5, x = (p.*member)[i];
+      (p.*member)[i] = x + step;
+      const double up = loss(p);
+      (p.*member)[i] = x - step;
+      want.push_back((up - loss(p)) / (2 * step));
+      chosen.push_back(got[i]);
+    }
+    for (double e : got) ASSERT_TRUE(std::isfinite(e)) << name << " " << describe(c.p, dtype);
+    expect_close(chosen, want, tolerance, std::string("d ") + name + ", " + describe(c.p, dtype));
+  };
+  check(&Problem::q, c.dq, "q");
+  check(&Problem::k, c.dk, "k");
+  check(&Problem::v, c.dv, "v");
+  check(&Problem::omega_q, c.domega_q, "omega_q");
+  check(&Problem::weight_q, c.dweight_q, "weight_q");
+  check(&Problem::beta_q, c.dbeta_q, "beta_q");
+  check(&Problem::omega_k, c.domega_k, "omega_k");
+  check(&Problem::weight_k, c.dweight_k, "weight_k");
+  check(&Problem::beta_k, c.dbeta_k, "beta_k");
+  check(&Problem::log_decay, c.dlog_decay, "log_decay");
+  check(&Problem::kv, c.dkv, "initial kv");
+  check(&Problem::z, c.dz, "initial z");
+}
+
+TEST(LinearAttentionBackward, EqualsFiniteDifferences) {
+  for_each_problem([](const Problem& problem) {
+    if (problem.seqlen == 131) return;
+    check_gradients(problem, DType::kFloat64, 1e-7);
+  });
+}
+
 }  // namespace
 }  // namespace dijiang::testing

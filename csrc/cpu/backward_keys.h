@@ -1,0 +1,561 @@
+// The half of the backward that walks back in time: gradients of keys, values, their feature
+// parameters and the initial state. docs/numerics.md, "Backward".
+//
+// Seen backwards, queries take the part of keys: 2^(b_ti - r_t) / den_t are the features that fold
+// into a state (R, rho), and keys read it.
+#pragma once
+
+#include "cpu/backward_queries.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+template <typename Acc>
+class BackwardKeys {
+ public:
+  BackwardKeys(const LinearAttentionBackwardParams& params, const BackwardQueries<Acc>& queries)
+      : params_(params), p_(params.forward), workspace_(params), past_(queries),
+        groups_(queries.walk().groups), dp_(queries.walk().dp), vp_(queries.walk().vp),
+        mp_(queries.walk().mp), has_far_(queries.walk().has_far),
+        has_decay_(queries.walk().has_decay) {
+    queries_.allocate(scratch_, dp_, vp_, mp_);
+    keys_ = scratch_.take<Acc>(kTile * dp_);
+    values_ = scratch_.take<Acc>(kTile * vp_);
+    dk_ = scratch_.take<Acc>(kTile * dp_);
+    dv_ = scratch_.take<Acc>(kTile * vp_);
+    weights_ = scratch_.take<Acc>(kTile * kTile);
+    grad_weights_ = scratch_.take<Acc>(kTile * kTile);
+    if (!has_far_) return;
+    map_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    sums_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    future_.allocate(scratch_, mp_, vp_, true);
+    a_ = scratch_.take<Acc>(kTile * mp_);
+    plain_ = scratch_.take<Acc>(kTile * mp_);
+    fk_ = scratch_.take<Acc>(kTile * mp_);
+    fq_ = scratch_.take<Acc>(kTile * mp_);
+    da_ = scratch_.take<Acc>(kTile * mp_);
+    exact_ = scratch_.take<Acc>(kTile * mp_);
+    top_ = scratch_.take<Acc>(mp_);
+    chunk_r_ = scratch_.take<Acc>(mp_ * vp_);
+    chunk_rho_ = scratch_.take<Acc>(mp_);
+    weighed_ = scratch_.take<Acc>(kTile * vp_);
+    mask_ = scratch_.take<Acc>(kTile * kTile);
+  }
+
+  // After BackwardQueries::run of the same task.
+  void run() {
+    const KeyWalk<Acc>& walk = past_.walk();
+    batch_ = walk.batch;
+    head_ = walk.head;
+    begin_ = walk.begin_token;
+    end_ = walk.end_token;
+    first_position_ = walk.first_position;
+    if (has_far_) {
+      map_.set(p_.fk, head_, p_.scale);
+      sums_.begin(workspace_.row(walk.sequence, head_, groups_), params_.grad_fk.beta != nullptr);
+      begin_future(walk.sequence);
+    }
+    dispatch_given(p_.kind, [&](auto given) {
+      if (p_.window > 0) {
+        run_blocks<given.value>();
+      } else {
+        run_chunks<given.value>();
+      }
+    });
+    if (has_far_) {
+      sums_.finish(p_.scale);
+      write_initial(walk.sequence);
+    }
+    if (params_.grad_log_decay) write_decay();
+  }
+
+ private:
+  // --- the state that runs back in time --------------------------------------------------------
+  void begin_future(int64_t sequence) {
+    future_.clear();
+    if (params_.grad_final_kv == nullptr) return;
+    const int64_t m = p_.num_features, dv = p_.headdim_v;
+    const int64_t row = sequence * p_.num_kv_heads + head_;
+    const auto at = [&](const void* x, int64_t i) { return static_cast<const Acc*>(x)[i]; };
+    double decay = 0;  // d c of the last token
+    for (int64_t i = 0; i < m; ++i) {
+      const Acc scale = at(params_.final_log_scale, row * m + i);
+      if (scale <= Acc(kEmptyLogScale)) continue;
+      future_.log_scale[i] = -scale;
+      future_.z[i] = 1;
+      const Acc grad_z = at(params_.grad_final_z, row * m + i);
+      future_.extra[i] = -grad_z;
+      decay += static_cast<double>(grad_z) * at(params_.final_z, row * m + i);
+      for (int64_t j = 0; j < dv; ++j) {
+        const Acc grad = at(params_.grad_final_kv, (row * m + i) * dv + j);
+        future_.kv[i * vp_ + j] = grad;
+        decay += static_cast<double>(grad) * at(params_.final_kv, (row * m + i) * dv + j);
+      }
+    }
+    if (p_.log_decay && end_ > begin_) workspace_.decay(batch_, head_)[end_ - 1] += decay;
+  }
+
+  void write_initial(int64_t sequence) {
+    if (params_.grad_initial_kv == nullptr) return;
+    const int64_t m = p_.num_features, dv = p_.headdim_v;
+    const int64_t row = sequence * p_.num_kv_heads + head_;
+    Acc* grad_kv = static_cast<Acc*>(params_.grad_initial_kv) + row * m * dv;
+    Acc* grad_z = static_cast<Acc*>(params_.grad_initial_z) + row * m;
+    const Acc* scale = static_cast<const Acc*>(p_.initial.log_scale);
+    for (int64_t i = 0; i < m; ++i) {
+      // With a window the state carries no gradient.
+      const bool wanted = p_.window == 0 && scale && scale[row * m + i] > Acc(kEmptyLogScale);
+      const Acc shift = wanted ? scale[row * m + i] + future_.log_scale[i] : Acc(0);
+      const auto value = [&](Acc x) { return wanted ? scale_by_one(x, shift) : Acc(0); };
+      for (int64_t j = 0; j < dv; ++j) grad_kv[i * dv + j] = value(future_.kv[i * vp_ + j]);
+      grad_z[i] = value(-future_.extra[i]);
+    }
+  }
+
+  double decay_at(int64_t t) const {
+    if (!has_decay_) return 0;
+    const int64_t i = batch_ * p_.log_decay_stride_batch + head_ * p_.log_decay_stride_head +
+                      t * p_.log_decay_stride_seq;
+    return static_cast<double>(static_cast<const Acc*>(p_.log_decay)[i]) * kLog2E;
+  }
+  double decay_sum(int64_t from, int64_t to) const {
+    double sum = 0;
+    for (int64_t t = from; has_decay_ && t < to; ++t) sum += decay_at(t);
+    return sum;
+  }
+
+  // Folds the loaded queries into R; since: log2 of the decay between R's time and the tile.
+  template <bool kGiven>
+  void fold_queries(int64_t token, double since) {
+    Acc shift[kTile] = {}, factor[kTile] = {};
+    for (int64_t t = 0; t < queries_.rows; ++t) {
+      const Decay<Acc> decay(since += decay_at(token + t));
+      shift[t] = decay.whole - queries_.scale[t];
+      factor[t] = decay.fraction * queries_.inverse[t];
+      if (factor[t] == 0) shift[t] = static_cast<Acc>(kEmptyLogScale);
+    }
+    future_.template fold<kGiven>(queries_.rows, queries_.b, shift, factor, queries_.grad,
+                                  queries_.delta);
+  }
+
+  void load_queries(int64_t g, int64_t token, int64_t rows) {
+    queries_.load(params_, past_.map(g), batch_, head_ * groups_ + g, token, rows);
+  }
+
+  // --- a tile of keys --------------------------------------------------------------------------
+  int64_t position_of(int64_t token) const { return first_position_ + (token - begin_); }
+
+  void load_keys(int64_t token, int64_t rows) {
+    token_ = token;
+    rows_ = rows;
+    load_tile(p_.dtype, p_.k, batch_, head_, token, rows, p_.headdim, keys_, dp_);
+    load_tile(p_.dtype, p_.v, batch_, head_, token, rows, p_.headdim_v, values_, vp_);
+    fill(dk_, rows * dp_, Acc(0));
+    fill(dv_, rows * vp_, Acc(0));
+    if (!has_far_) return;
+    map_.exponents(keys_, rows, a_, plain_);
+    const Acc none = p_.kind == FeatureKind::kGiven ? Acc(0) : Acc(kLowestExponent);
+    for (int64_t s = 0; s < rows && is_sink(s); ++s) fill(a_ + s * mp_, mp_, none);
+    fill(da_, rows * mp_, Acc(0));
+  }
+  bool is_sink(int64_t s) const { return position_of(token_ + s) < p_.sinks; }
+
+  // Adds what came through the features, and writes the tile's gradients.
+  void write_keys() {
+    if (has_far_) {
+      for (int64_t s = 0; s < rows_ && is_sink(s); ++s) fill(da_ + s * mp_, mp_, Acc(0));
+      map_.backward(keys_, rows_, da_, plain_, dk_, sums_);
+    }
+    for (int64_t s = 0; s < rows_ && is_sink(s); ++s) {
+      const int64_t sink = position_of(token_ + s);
+      for (int64_t j = 0; j < dp_; ++j) dk_[s * dp_ + j] += past_.sink_dk[sink * dp_ + j];
+      for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += past_.sink_dv[sink * vp_ + j];
+    }
+    const int64_t first = (batch_ * p_.num_kv_heads + head_) * p_.seqlen + token_;
+    store_tile(p_.dtype, params_.grad_k, first * p_.headdim, rows_, p_.headdim, dk_, dp_);
+    store_tile(p_.dtype, params_.grad_v, first * p_.headdim_v, rows_, p_.headdim_v, dv_, vp_);
+  }
+
+  // da *= phi 2^scale, -d c_s, as BackwardQueries::multiply_features.
+  template <bool kGiven>
+  void multiply_features(int64_t s, const Acc* scale, Acc shift) {
+    using F = FeatureOf<Acc, kGiven>;
+    Acc* row = da_ + s * mp_;
+    const Acc* a = a_ + s * mp_;
+    Vec<Acc> sum{};
+    for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+      const Vec<Acc> power = load(scale + i) + shift;
+      if constexpr (kGiven) {
+        const Vec<Acc> d = scale_by<Acc>(load(row + i), power);
+        store(row + i, d);
+        sum = multiply_add(d, load(a + i), sum);
+      } else {
+        const Vec<Acc> d = load(row + i) * F::scaled(load(a + i), power);
+        store(row + i, d);
+        sum += d;
+      }
+    }
+    subtract_decay(s, horizontal_sum<Acc>(sum));
+  }
+  void subtract_decay(int64_t s, Acc sum) {
+    if (p_.log_decay && !is_sink(s)) workspace_.decay(batch_, head_)[token_ + s] -= sum;
+  }
+
+  // da += factor_s (R . v - rho)
+  void read_future(const Acc* r, const Acc* rho, const Acc* factor) {
+    for (int64_t s = 0; s < rows_; ++s) {
+      for (int64_t j = 0; j < vp_; ++j) weighed_[s * vp_ + j] = factor[s] * values_[s * vp_ + j];
+    }
+    gemm<Operand::kPlain, Operand::kTransposed>(rows_, mp_, vp_, weighed_, vp_, r, vp_, da_, mp_);
+    for (int64_t s = 0; s < rows_; ++s) {
+      const Vec<Acc> weight = broadcast(-factor[s]);
+      for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+        Acc* at = da_ + s * mp_ + i;
+        store(at, multiply_add(weight, load(rho + i), load(at)));
+      }
+    }
+  }
+
+  // --- with a window ---------------------------------------------------------------------------
+  template <bool kGiven>
+  void run_blocks() {
+    const int64_t w = p_.window;
+    if (end_ == begin_) return;
+    const int64_t last = position_of(end_ - 1) / w, first = first_position_ / w;
+    for (int64_t block = last; block >= first; --block) {
+      const Tokens keys = tokens_of(block), next = tokens_of(block + 1);
+      if (has_far_) {
+        // R moves back by a block, and takes in the queries that now see the keys as far.
+        const Tokens far = tokens_of(block + 2);
+        const double skipped = decay_sum(next.begin, next.end);
+        future_.decay(skipped);
+        for (int64_t g = 0; g < groups_; ++g) {
+          double since = skipped;
+          for (int64_t t = far.begin; t < far.end; t += kTile) {
+            const int64_t rows = far.end - t < kTile ? far.end - t : kTile;
+            load_queries(g, t, rows);
+            fold_queries<kGiven>(t, since);
+            since += decay_sum(t, t + rows);
+          }
+        }
+      }
+      for (int64_t s = keys.begin; s < keys.end; s += kTile) {
+        load_keys(s, keys.end - s < kTile ? keys.end - s : kTile);
+        for (int64_t g = 0; g < groups_; ++g) {
+          near_queries(g, {s, keys.end});
+          near_queries(g, next);
+        }
+        if (has_far_) read_block<kGiven>(keys.end);
+        write_keys();
+      }
+    }
+  }
+
+  struct Tokens {
+    int64_t begin, end;
+  };
+  // The tokens of this call that lie in a block; none beyond either end.
+  Tokens tokens_of(int64_t block) const {
+    const auto inside = [&](int64_t position) {
+      const int64_t token = begin_ + (position - first_position_);
+      return token < begin_ ? begin_ : token > end_ ? end_ : token;
+    };
+    return {inside(block * p_.window), inside((block + 1) * p_.window)};
+  }
+
+  // Near weights of a head's queries in `tokens` for the tile's keys.
+  void near_queries(int64_t g, Tokens tokens) {
+    constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
+    for (int64_t t0 = tokens.begin; t0 < tokens.end; t0 += kTile) {
+      const int64_t rows = tokens.end - t0 < kTile ? tokens.end - t0 : kTile;
+      load_queries(g, t0, rows);
+      fill(weights_, rows * kTile, Acc(0));
+      fill(grad_weights_, rows * kTile, Acc(0));
+      gemm<kPlain, kTransposed>(rows, rows_, dp_, queries_.scaled_q, dp_, keys_, dp_, weights_,
+                                kTile);
+      gemm<kPlain, kTransposed>(rows, rows_, vp_, queries_.grad, vp_, values_, vp_, grad_weights_,
+                                kTile);
+      const Acc factor = static_cast<Acc>(p_.scale);
+      for (int64_t t = 0; t < rows; ++t) {
+        const int64_t after = t0 + t - token_ + 1;
+        const int64_t visible = after < rows_ ? after : rows_;
+        Acc* weight = weights_ + t * kTile;
+        Acc* grad = grad_weights_ + t * kTile;
+        const Vec<Acc> shift = broadcast(-queries_.scale[t]);
+        for (int64_t s = 0; s < visible; s += kLanes<Acc>) {
+          const Vec<Acc> weighed = exp2_scaled<Acc>(load(weight + s), shift) * queries_.inverse[t];
+          store(weight + s, weighed);
+          store(grad + s, weighed * (load(grad + s) - queries_.delta[t]) * factor);
+        }
+        fill(weight + visible, kTile - visible, Acc(0));
+        fill(grad + visible, kTile - visible, Acc(0));
+      }
+      gemm<kTransposed, kPlain>(rows_, dp_, rows, grad_weights_, kTile, queries_.q, dp_, dk_, dp_);
+      gemm<kTransposed, kPlain>(rows_, vp_, rows, weights_, kTile, queries_.grad, vp_, dv_, vp_);
+    }
+  }
+
+  // Far gradients of the tile's keys; R's time is the end of their block.
+  template <bool kGiven>
+  void read_block(int64_t block_end) {
+    using F = FeatureOf<Acc, kGiven>;
+    Acc shift[kTile] = {}, factor[kTile] = {};
+    double since = decay_sum(token_ + rows_, block_end);
+    for (int64_t s = rows_ - 1; s >= 0; --s) {
+      const Decay<Acc> decay(since);
+      shift[s] = decay.whole;
+      factor[s] = decay.fraction;
+      since += decay_at(token_ + s);
+    }
+    read_future(future_.kv, future_.extra, factor);
+    for (int64_t s = 0; s < rows_; ++s) {
+      for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+        const Vec<Acc> power = load(future_.log_scale + i) + shift[s];
+        store(fk_ + s * mp_ + i, F::scaled(load(a_ + s * mp_ + i), power) * broadcast(factor[s]));
+      }
+      multiply_features<kGiven>(s, future_.log_scale, shift[s]);
+    }
+    gemm<Operand::kPlain, Operand::kPlain>(rows_, vp_, mp_, fk_, mp_, future_.kv, vp_, dv_, vp_);
+  }
+
+  // --- without a window ------------------------------------------------------------------------
+  template <bool kGiven>
+  void run_chunks() {
+    const int64_t tiles = (end_ - begin_ + kTile - 1) / kTile;
+    for (int64_t tile = tiles - 1; tile >= 0; --tile) {
+      const int64_t token = begin_ + tile * kTile;
+      load_keys(token, end_ - token < kTile ? end_ - token : kTile);
+      if (has_far_) chunk<kGiven>();
+      write_keys();
+    }
+  }
+
+  // The tile's keys with its own queries, and with all later ones through R.
+  template <bool kGiven>
+  void chunk() {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr int L = kLanes<Acc>;
+    cumulative_[0] = 0;
+    for (int64_t s = 0; s < rows_; ++s) cumulative_[s + 1] = cumulative_[s] + decay_at(token_ + s);
+    for (int64_t t = 0; has_decay_ && t < rows_; ++t) {
+      for (int64_t s = 0; s <= t; ++s) mask_[t * kTile + s] = exp2_scaled_one(decay(s, t), Acc(0));
+    }
+
+    // top: a whole exponent above every 2^(b - r), the tile's and R's; keys read relative to it.
+    std::memcpy(top_, future_.log_scale, mp_ * sizeof(Acc));
+    for (int64_t g = 0; g < groups_; ++g) {
+      load_queries(g, token_, rows_);
+      for (int64_t t = 0; t < rows_; ++t) {
+        if (queries_.inverse[t] == 0) continue;
+        for (int64_t i = 0; i < mp_; i += L) {
+          const Vec<Acc> b = F::exponent(load(queries_.b + t * mp_ + i)) - queries_.scale[t];
+          store(top_ + i, max(load(top_ + i), b));
+        }
+      }
+    }
+    bool exact[kTile];
+    const bool spread = kGiven && chunk_spreads();
+    Acc factor[kTile] = {};
+    for (int64_t s = 0; s < rows_; ++s) {
+      exact[s] = spread || too_large<kGiven>(s);
+      factor[s] = exact[s] ? Acc(0) : std::exp2(decay(s, rows_ - 1));
+      for (int64_t i = 0; i < mp_; i += L) {
+        const Vec<Acc> f = F::scaled(load(a_ + s * mp_ + i), load(top_ + i));
+        store(fk_ + s * mp_ + i, exact[s] ? Vec<Acc>{} : f);
+      }
+    }
+
+    fill(exact_, rows_ * mp_, Acc(0));
+    for (int64_t g = 0; g < groups_; ++g) {
+      load_queries(g, token_, rows_);
+      chunk_queries<kGiven>(exact);
+      for (int64_t s = 0; s < rows_; ++s) {
+        if (exact[s]) exact_key<kGiven>(s);
+      }
+    }
+    // R relative to top.
+    for (int64_t i = 0; i < mp_; ++i) {
+      const Acc shift = future_.log_scale[i] - top_[i];
+      scale_row(future_.kv + i * vp_, vp_, shift, Acc(1), chunk_r_ + i * vp_);
+      chunk_rho_[i] = scale_by_one(future_.extra[i], shift);
+    }
+    read_future(chunk_r_, chunk_rho_, factor);
+    for (int64_t s = 0; s < rows_; ++s) {
+      if (exact[s]) {
+        exact_future<kGiven>(s);
+        continue;
+      }
+      multiply_features<kGiven>(s, top_, Acc(0));
+      for (int64_t i = 0; i < mp_; ++i) fk_[s * mp_ + i] *= factor[s];
+    }
+    gemm<Operand::kPlain, Operand::kPlain>(rows_, vp_, mp_, fk_, mp_, chunk_r_, vp_, dv_, vp_);
+
+    future_.decay(cumulative_[rows_]);
+    for (int64_t g = 0; g < groups_; ++g) {
+      load_queries(g, token_, rows_);
+      fold_queries<kGiven>(token_, 0.0);
+    }
+  }
+  Acc decay(int64_t s, int64_t t) const {
+    return static_cast<Acc>(cumulative_[t + 1] - cumulative_[s + 1]);
+  }
+
+  // W and A of the loaded queries, and what keys get from them by matrix products.
+  template <bool kGiven>
+  void chunk_queries(const bool* exact) {
+    using F = FeatureOf<Acc, kGiven>;
+    constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
+    for (int64_t t = 0; t < rows_; ++t) {
+      const Vec<Acc> factor = broadcast(queries_.inverse[t]);
+      for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+        const Vec<Acc> shift = -load(top_ + i) - queries_.scale[t];
+        store(fq_ + t * mp_ + i, F::scaled(load(queries_.b + t * mp_ + i), shift) * factor);
+      }
+      if (queries_.inverse[t] == 0) fill(fq_ + t * mp_, mp_, Acc(0));
+    }
+    fill(weights_, rows_ * kTile, Acc(0));
+    fill(grad_weights_, rows_ * kTile, Acc(0));
+    gemm<kPlain, kTransposed>(rows_, rows_, mp_, fq_, mp_, fk_, mp_, weights_, kTile);
+    gemm<kPlain, kTransposed>(rows_, rows_, vp_, queries_.grad, vp_, values_, vp_, grad_weights_,
+                              kTile);
+    for (int64_t t = 0; t < rows_; ++t) {
+      Acc* weight = weights_ + t * kTile;
+      Acc* grad = grad_weights_ + t * kTile;
+      for (int64_t s = 0; s <= t; ++s) {
+        grad[s] -= queries_.delta[t];
+        if (!has_decay_ || exact[s]) continue;  // exact_key has a decay of its own
+        weight[s] *= mask_[t * kTile + s];
+        grad[s] *= mask_[t * kTile + s];
+      }
+      fill(weight + t + 1, kTile - t - 1, Acc(0));
+      fill(grad + t + 1, kTile - t - 1, Acc(0));
+    }
+    gemm<kTransposed, kPlain>(rows_, mp_, rows_, grad_weights_, kTile, fq_, mp_, da_, mp_);
+    gemm<kTransposed, kPlain>(rows_, vp_, rows_, weights_, kTile, queries_.grad, vp_, dv_, vp_);
+  }
+
+  // The mirror image of BackwardQueries::chunk_spreads, over all heads of the group.
+  bool chunk_spreads() {
+    using F = FeatureOf<Acc, true>;
+    const Vec<Acc> empty = broadcast(static_cast<Acc>(kEmptyLogScale / 2));
+    for (int64_t g = 0; g < groups_; ++g) {
+      load_queries(g, token_, rows_);
+      for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+        const Vec<Acc> top = load(top_ + i), old = load(future_.log_scale + i);
+        Vec<Acc> low = old > empty ? old : top;
+        for (int64_t t = 0; t < rows_; ++t) {
+          if (queries_.inverse[t] == 0) continue;
+          const Vec<Acc> e = F::exponent(load(queries_.b + t * mp_ + i));
+          low = min(low, e > empty ? e - queries_.scale[t] : top);
+        }
+        if (horizontal_max<Acc>(top - low) > Acc(kLargestExponent)) return true;
+      }
+    }
+    return false;
+  }
+
+  template <bool kGiven>
+  bool too_large(int64_t s) const {
+    using F = FeatureOf<Acc, kGiven>;
+    Vec<Acc> top = broadcast(static_cast<Acc>(kEmptyLogScale));
+    for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+      top = max(top, F::exponent(load(a_ + s * mp_ + i)) + load(top_ + i));
+    }
+    return horizontal_max<Acc>(top) > Acc(kLargestExponent);
+  }
+
+  // Key s and those of the loaded queries that see it, term by term: gradient into exact_, dv.
+  template <bool kGiven>
+  void exact_key(int64_t s) {
+    using F = FeatureOf<Acc, kGiven>;
+    for (int64_t t = s; t < rows_; ++t) {
+      if (queries_.inverse[t] == 0) continue;
+      const Decay<Acc> decay(cumulative_[t + 1] - cumulative_[s + 1]);
+      const Acc factor = decay.fraction * queries_.inverse[t];
+      const Vec<Acc> shift = broadcast(decay.whole - queries_.scale[t]);
+      const Vec<Acc> grad = broadcast(grad_weights_[t * kTile + s] * factor);
+      Vec<Acc> sum{};
+      for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+        const Vec<Acc> b = load(queries_.b + t * mp_ + i);
+        const Vec<Acc> product = F::product(b, load(a_ + s * mp_ + i), shift);
+        Acc* at = exact_ + s * mp_ + i;
+        store(at, load(at) + (kGiven ? F::scaled(b, shift) : product) * grad);
+        sum += product;
+      }
+      const Acc weight = horizontal_sum<Acc>(sum) * factor;
+      for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += weight * queries_.grad[t * vp_ + j];
+    }
+  }
+
+  // Key s and R; the whole gradient of s into da_.
+  template <bool kGiven>
+  void exact_future(int64_t s) {
+    using F = FeatureOf<Acc, kGiven>;
+    const Decay<Acc> decay(cumulative_[rows_] - cumulative_[s + 1]);
+    const Acc* value = values_ + s * vp_;
+    Vec<Acc> sum{};
+    for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+      const Vec<Acc> a = load(a_ + s * mp_ + i);
+      const Vec<Acc> shift = load(future_.log_scale + i) + decay.whole;
+      const Vec<Acc> f = F::scaled(a, shift) * broadcast(decay.fraction);
+      Vec<Acc> read{};
+      for (int64_t l = 0; l < kLanes<Acc>; ++l) {
+        const Acc* r = future_.kv + (i + l) * vp_;
+        Acc dot = -future_.extra[i + l];
+        for (int64_t j = 0; j < vp_; ++j) dot += r[j] * value[j];
+        read[l] = dot;
+        for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += f[l] * r[j];
+      }
+      const Vec<Acc> given = scale_by<Acc>(read * broadcast(decay.fraction), shift);
+      const Vec<Acc> d = load(exact_ + s * mp_ + i) + (kGiven ? given : f * read);
+      store(da_ + s * mp_ + i, d);
+      sum += kGiven ? d * a : d;
+    }
+    subtract_decay(s, horizontal_sum<Acc>(sum));
+  }
+
+  // d log_decay_r = the sum of d c_t over t >= r.
+  void write_decay() {
+    Acc* grad = static_cast<Acc*>(params_.grad_log_decay) +
+                (batch_ * p_.num_kv_heads + head_) * p_.seqlen;
+    const double* decay = workspace_.decay(batch_, head_);
+    double sum = 0;
+    for (int64_t t = end_ - 1; t >= begin_; --t) grad[t] = static_cast<Acc>(sum += decay[t]);
+  }
+
+  const LinearAttentionBackwardParams& params_;
+  const LinearAttentionParams& p_;
+  const BackwardWorkspace workspace_;
+  const BackwardQueries<Acc>& past_;
+  const int64_t groups_, dp_, vp_, mp_;
+  const bool has_far_, has_decay_;
+  Scratch scratch_;
+
+  int64_t batch_ = 0, head_ = 0, begin_ = 0, end_ = 0, first_position_ = 0;
+  Features<Acc> map_;
+  FeatureSums<Acc> sums_;
+  FarState<Acc> future_;  // kv: R, extra: rho, z: the same sum with 1, log_scale: N
+  QueryTile<Acc> queries_;
+
+  // The tile.
+  int64_t token_ = 0, rows_ = 0;
+  Acc* keys_ = nullptr;
+  Acc* values_ = nullptr;
+  Acc* dk_ = nullptr;
+  Acc* dv_ = nullptr;
+  Acc* a_ = nullptr;      // exponents
+  Acc* plain_ = nullptr;
+  Acc* fk_ = nullptr;     // 2^(a + top)
+  Acc* fq_ = nullptr;     // 2^(b - r - top) / den
+  Acc* da_ = nullptr;
+  Acc* exact_ = nullptr;  // da of the keys taken term by term, while it is summed over heads
+  Acc* top_ = nullptr;
+  Acc* chunk_r_ = nullptr;
+  Acc* chunk_rho_ = nullptr;
+  Acc* weighed_ = nullptr;
+  Acc* mask_ = nullptr;
+  Acc* weights_ = nullptr;       // (queries, kTile): P or A
+  Acc* grad_weights_ = nullptr;  // dS scale or W
+  double cumulative_[kTile + 1] = {};  // log2 decay of the first s tokens of the tile
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA

@@ -1,0 +1,291 @@
+// The half of the backward that walks forward in time: gradients of the queries and their feature
+// parameters, and of the sinks that lie outside the window. docs/numerics.md, "Backward".
+#pragma once
+
+#include "cpu/key_walk.h"
+#include "cpu/linear_attention_workspace.h"
+#include "cpu/query_tile.h"
+
+namespace dijiang::cpu::DIJIANG_ISA {
+
+// Products of a query's and a key's features may exceed 1 by this exponent before they are taken
+// term by term: what underflows beside it is below 2^-66 of its row.
+inline constexpr double kLargestExponent = 60;
+
+template <typename Acc>
+class BackwardQueries {
+ public:
+  explicit BackwardQueries(const LinearAttentionBackwardParams& params)
+      : params_(params), p_(params.forward), workspace_(params), walk_(p_, scratch_) {
+    const int64_t mp = walk_.mp, dp = walk_.dp, vp = walk_.vp;
+    near_stride_ = padded<Acc>(p_.sinks + 2 * p_.window);
+    queries_.allocate(scratch_, dp, vp, mp);
+    weights_ = scratch_.take<Acc>(kTile * near_stride_);
+    grad_weights_ = scratch_.take<Acc>(kTile * near_stride_);
+    far_ = scratch_.take<Acc>(kTile * kTile);
+    weighed_grad_ = scratch_.take<Acc>(kTile * vp);
+    db_ = scratch_.take<Acc>(kTile * mp);
+    dq_ = scratch_.take<Acc>(kTile * dp);
+    sink_dk = scratch_.take<Acc>(p_.sinks * dp);
+    sink_dv = scratch_.take<Acc>(p_.sinks * vp);
+    maps_ = new (scratch_.take<Features<Acc>>(walk_.groups)) Features<Acc>[walk_.groups];
+    sums_ = new (scratch_.take<FeatureSums<Acc>>(walk_.groups)) FeatureSums<Acc>[walk_.groups];
+    for (int64_t g = 0; g < walk_.groups; ++g) {
+      maps_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+      sums_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    }
+  }
+
+  void run(int64_t task) {
+    walk_.begin(task, p_.initial);
+    for (int64_t g = 0; g < walk_.groups; ++g) {
+      maps_[g].set(p_.fq, query_head(g), p_.scale);
+      sums_[g].begin(workspace_.row(walk_.sequence, walk_.head, g), params_.grad_fq.beta != nullptr);
+    }
+    fill(sink_dk, p_.sinks * walk_.dp, Acc(0));
+    fill(sink_dv, p_.sinks * walk_.vp, Acc(0));
+    while (walk_.next()) {
+      for (int64_t t = 0; t < walk_.rows; ++t) decay_[t] = 0;
+      for (int64_t g = 0; g < walk_.groups; ++g) {
+        dispatch_given(p_.kind, [&](auto given) { head_tile<given.value>(g); });
+      }
+      if (p_.log_decay == nullptr) continue;
+      double* decay = workspace_.decay(walk_.batch, walk_.head) + walk_.token;
+      for (int64_t t = 0; t < walk_.rows; ++t) decay[t] = decay_[t];
+    }
+    for (int64_t g = 0; g < walk_.groups; ++g) sums_[g].finish(p_.scale);
+  }
+
+  const KeyWalk<Acc>& walk() const { return walk_; }
+  const Features<Acc>& map(int64_t g) const { return maps_[g]; }
+
+  Acc* sink_dk = nullptr;  // (sinks, dp)
+  Acc* sink_dv = nullptr;  // (sinks, vp)
+
+ private:
+  int64_t query_head(int64_t g) const { return walk_.head * walk_.groups + g; }
+
+  template <bool kGiven>
+  void head_tile(int64_t g) {
+    const int64_t rows = walk_.rows, dp = walk_.dp, head = query_head(g);
+    queries_.load(params_, maps_[g], walk_.batch, head, walk_.token, rows);
+    fill(dq_, rows * dp, Acc(0));
+    near();
+    if (walk_.has_far) {
+      fill(db_, rows * walk_.mp, Acc(0));
+      if (walk_.intra) {
+        chunk<kGiven>();
+      } else {
+        past<kGiven>();
+      }
+      maps_[g].backward(queries_.q, rows, db_, queries_.plain, dq_, sums_[g]);
+    }
+    const int64_t first = (walk_.batch * p_.num_heads + head) * p_.seqlen + walk_.token;
+    store_tile(p_.dtype, params_.grad_q, first * p_.headdim, rows, p_.headdim, dq_, dp);
+  }
+
+  void near() {
+    const int64_t rows = walk_.rows, dp = walk_.dp, vp = walk_.vp, stride = near_stride_;
+    const int64_t sinks = walk_.sink_columns, window = walk_.window_columns;
+    if (sinks + window == 0) return;
+    constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
+    fill(weights_, rows * stride, Acc(0));
+    fill(grad_weights_, rows * stride, Acc(0));
+    gemm<kPlain, kTransposed>(rows, sinks, dp, queries_.scaled_q, dp, walk_.sink_keys, dp, weights_,
+                              stride);
+    gemm<kPlain, kTransposed>(rows, window, dp, queries_.scaled_q, dp, walk_.window_keys, dp,
+                              weights_ + sinks, stride);
+    gemm<kPlain, kTransposed>(rows, sinks, vp, queries_.grad, vp, walk_.sink_values, vp,
+                              grad_weights_, stride);
+    gemm<kPlain, kTransposed>(rows, window, vp, queries_.grad, vp, walk_.window_values, vp,
+                              grad_weights_ + sinks, stride);
+    for (int64_t t = 0; t < rows; ++t) {
+      Acc* weight = weights_ + t * stride;
+      Acc* grad = grad_weights_ + t * stride;
+      const int64_t visible = walk_.visible(t);
+      const Vec<Acc> shift = broadcast(-queries_.scale[t]);
+      const Acc factor = static_cast<Acc>(p_.scale);
+      for (int64_t s = 0; s < visible; s += kLanes<Acc>) {
+        const Vec<Acc> weighed = exp2_scaled<Acc>(load(weight + s), shift) * queries_.inverse[t];
+        store(weight + s, weighed);
+        store(grad + s, weighed * (load(grad + s) - queries_.delta[t]) * factor);
+      }
+      fill(weight + visible, stride - visible, Acc(0));
+      fill(grad + visible, stride - visible, Acc(0));
+    }
+    gemm<kPlain, kPlain>(rows, dp, sinks, grad_weights_, stride, walk_.sink_keys, dp, dq_, dp);
+    gemm<kPlain, kPlain>(rows, dp, window, grad_weights_ + sinks, stride, walk_.window_keys, dp,
+                         dq_, dp);
+    gemm<kTransposed, kPlain>(sinks, dp, rows, grad_weights_, stride, queries_.q, dp, sink_dk, dp);
+    gemm<kTransposed, kPlain>(sinks, vp, rows, weights_, stride, queries_.grad, vp, sink_dv, vp);
+  }
+
+  // Far keys in the state alone: db_i = f_i (kv_i . do - delta z_i).
+  template <bool kGiven>
+  void past() {
+    const int64_t rows = walk_.rows, mp = walk_.mp;
+    Acc shift[kTile] = {}, factor[kTile] = {};
+    for (int64_t t = 0; t < rows; ++t) {
+      const Decay<Acc> decay(walk_.decay_to(t));
+      shift[t] = decay.whole - queries_.scale[t];
+      factor[t] = decay.fraction * queries_.inverse[t];
+    }
+    add_state(walk_.state.kv, walk_.state.z, factor);
+    for (int64_t t = 0; t < rows; ++t) {
+      multiply_features<kGiven>(t, queries_.b + t * mp, walk_.state.log_scale, shift[t]);
+    }
+  }
+
+  // db += factor (kv . do - delta z)
+  void add_state(const Acc* kv, const Acc* z, const Acc* factor) {
+    const int64_t rows = walk_.rows, mp = walk_.mp, vp = walk_.vp;
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t j = 0; j < vp; ++j) {
+        weighed_grad_[t * vp + j] = factor[t] * queries_.grad[t * vp + j];
+      }
+    }
+    gemm<Operand::kPlain, Operand::kTransposed>(rows, mp, vp, weighed_grad_, vp, kv, vp, db_, mp);
+    for (int64_t t = 0; t < rows; ++t) {
+      const Vec<Acc> weight = broadcast(-factor[t] * queries_.delta[t]);
+      for (int64_t i = 0; i < mp; i += kLanes<Acc>) {
+        Acc* at = db_ + t * mp + i;
+        store(at, multiply_add(weight, load(z + i), load(at)));
+      }
+    }
+  }
+
+  // db *= phi 2^(scale + shift), and d c_t. Of a feature given, db becomes the gradient of the
+  // feature itself, so that a feature 0 has its gradient.
+  template <bool kGiven>
+  void multiply_features(int64_t t, const Acc* b, const Acc* scale, Acc shift) {
+    using F = FeatureOf<Acc, kGiven>;
+    Acc* row = db_ + t * walk_.mp;
+    Vec<Acc> sum{};
+    for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
+      const Vec<Acc> power = load(scale + i) + shift;
+      if constexpr (kGiven) {
+        const Vec<Acc> d = scale_by<Acc>(load(row + i), power);
+        store(row + i, d);
+        sum = multiply_add(d, load(b + i), sum);
+      } else {
+        const Vec<Acc> d = load(row + i) * F::scaled(load(b + i), power);
+        store(row + i, d);
+        sum += d;
+      }
+    }
+    decay_[t] += horizontal_sum<Acc>(sum);
+  }
+
+  // Without a window: the tile's own keys and the state before it.
+  template <bool kGiven>
+  void chunk() {
+    const int64_t rows = walk_.rows, mp = walk_.mp, vp = walk_.vp;
+    const bool spread = kGiven && chunk_spreads();
+    Acc factor[kTile] = {};
+    bool exact[kTile];
+    fill(far_, rows * kTile, Acc(0));
+    gemm<Operand::kPlain, Operand::kTransposed>(rows, rows, vp, queries_.grad, vp,
+                                                walk_.tile_values, vp, far_, kTile);
+    for (int64_t t = 0; t < rows; ++t) {
+      factor[t] = std::exp2(static_cast<Acc>(walk_.decay_to(t))) * queries_.inverse[t];
+      Acc* row = far_ + t * kTile;
+      for (int64_t s = 0; s <= t; ++s) row[s] = (row[s] - queries_.delta[t]) * queries_.inverse[t];
+      fill(row + t + 1, kTile - t - 1, Acc(0));
+      exact[t] = spread || too_large<kGiven>(t);
+      if (exact[t] || !walk_.has_decay) continue;
+      for (int64_t s = 0; s <= t; ++s) row[s] *= walk_.mask[t * kTile + s];
+    }
+    gemm<Operand::kPlain, Operand::kPlain>(rows, mp, rows, far_, kTile, walk_.fk, mp, db_, mp);
+    add_state(walk_.chunk_kv, walk_.chunk_z, factor);
+    for (int64_t t = 0; t < rows; ++t) {
+      if (exact[t]) {
+        exact_row<kGiven>(t);
+      } else {
+        multiply_features<kGiven>(t, queries_.b + t * mp, walk_.top, -queries_.scale[t]);
+      }
+    }
+  }
+
+  // Whether a feature's keys in the tile and the state lie so far apart that fk lost some of them.
+  bool chunk_spreads() const {
+    using F = FeatureOf<Acc, true>;
+    const Vec<Acc> empty = broadcast(static_cast<Acc>(kEmptyLogScale / 2));
+    for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
+      const Vec<Acc> top = load(walk_.top + i), old = load(walk_.state.log_scale + i);
+      Vec<Acc> low = old > empty ? old : top;
+      for (int64_t s = 0; s < walk_.rows; ++s) {
+        const Vec<Acc> e = F::exponent(load(walk_.a + s * walk_.mp + i));
+        low = min(low, e > empty ? e : top);
+      }
+      if (horizontal_max<Acc>(top - low) > Acc(kLargestExponent)) return true;
+    }
+    return false;
+  }
+
+  template <bool kGiven>
+  bool too_large(int64_t t) const {
+    using F = FeatureOf<Acc, kGiven>;
+    Vec<Acc> top = broadcast(static_cast<Acc>(kEmptyLogScale));
+    for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
+      top = max(top, F::exponent(load(queries_.b + t * walk_.mp + i)) + load(walk_.top + i));
+    }
+    return horizontal_max<Acc>(top) - queries_.scale[t] > Acc(kLargestExponent);
+  }
+
+  // Row t alone, term by term.
+  template <bool kGiven>
+  void exact_row(int64_t t) {
+    using F = FeatureOf<Acc, kGiven>;
+    const int64_t mp = walk_.mp, vp = walk_.vp;
+    const Acc* b = queries_.b + t * mp;
+    const Acc* grad = queries_.grad + t * vp;
+    const Decay<Acc> past(walk_.decay_to(t));
+    Decay<Acc> decay[kTile];
+    for (int64_t s = 0; s <= t; ++s) decay[s] = Decay<Acc>(walk_.decay_between(s, t));
+    Vec<Acc> sum{};
+    for (int64_t i = 0; i < mp; i += kLanes<Acc>) {
+      const Vec<Acc> bi = load(b + i);
+      Vec<Acc> d{}, given{};  // given: without the factor b
+      for (int64_t s = 0; s <= t; ++s) {
+        const Vec<Acc> shift = broadcast(decay[s].whole - queries_.scale[t]);
+        const Vec<Acc> weight = broadcast(far_[t * kTile + s] * decay[s].fraction);
+        const Vec<Acc> a = load(walk_.a + s * mp + i);
+        d += F::product(bi, a, shift) * weight;
+        if constexpr (kGiven) given += F::scaled(a, shift) * weight;
+      }
+      const Vec<Acc> shift =
+          load(walk_.state.log_scale + i) + (past.whole - queries_.scale[t]);
+      Vec<Acc> read;
+      for (int64_t l = 0; l < kLanes<Acc>; ++l) {
+        const Acc* kv = walk_.state.kv + (i + l) * vp;
+        Acc dot = -queries_.delta[t] * walk_.state.z[i + l];
+        for (int64_t j = 0; j < vp; ++j) dot += kv[j] * grad[j];
+        read[l] = dot * past.fraction * queries_.inverse[t];
+      }
+      d += F::scaled(bi, shift) * read;
+      if constexpr (kGiven) given += scale_by<Acc>(read, shift);
+      store(db_ + t * mp + i, kGiven ? given : d);
+      sum += d;
+    }
+    decay_[t] += horizontal_sum<Acc>(sum);
+  }
+
+  const LinearAttentionBackwardParams& params_;
+  const LinearAttentionParams& p_;
+  const BackwardWorkspace workspace_;
+  Scratch scratch_;
+  KeyWalk<Acc> walk_;
+  QueryTile<Acc> queries_;
+  Features<Acc>* maps_ = nullptr;
+  FeatureSums<Acc>* sums_ = nullptr;
+  int64_t near_stride_ = 0;
+  Acc* weights_ = nullptr;       // (rows, near_stride): P
+  Acc* grad_weights_ = nullptr;  // dS scale
+  Acc* far_ = nullptr;           // (rows, kTile): W
+  Acc* weighed_grad_ = nullptr;  // (rows, vp)
+  Acc* db_ = nullptr;  // (rows, mp)
+  Acc* dq_ = nullptr;  // (rows, dp)
+  double decay_[kTile] = {};  // d c_t
+};
+
+}  // namespace dijiang::cpu::DIJIANG_ISA
