@@ -486,7 +486,7 @@ else:
                 if spec is None or isinstance(error, FileNotFoundError):
                     raise
                 raise ValueError(
-                    f"{spec}: not a model folder, a GGUF file or a hub id that can be loaded: {error}"
+                    f"{spec}: no model folder, GGUF file or hub id that can be loaded: {error}"
                 ) from error
 
     def _is_converted_folder(folder: Path) -> bool:
