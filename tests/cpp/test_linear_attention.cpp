@@ -289,5 +289,245 @@ TEST(LinearAttentionBackward, EqualsFiniteDifferences) {
   });
 }
 
+// Chunk and block boundaries far beyond one tile.
+TEST(LinearAttentionBackward, EqualsFiniteDifferencesAcrossTiles) {
+  for (FeatureKind kind : {FeatureKind::kGiven, FeatureKind::kExp}) {
+    for (int64_t window : {0, 40, 80}) {
+      if (kind == FeatureKind::kGiven && window > 0) continue;
+      for (bool normalize : {true, false}) {
+        Problem p;
+        p.kind = kind;
+        p.seqlen = 200;
+        p.window = window;
+        p.sinks = kind == FeatureKind::kGiven ? 0 : 2;
+        p.normalize = normalize;
+        p.scale = 0.5;
+        const bool state = kind == FeatureKind::kGiven;
+        p = random_problem(p, true, state, 5);
+        for (double& e : p.log_decay) e *= 0.1;
+        check_gradients(p, DType::kFloat64, 1e-7, 6);
+      }
+    }
+  }
+}
+
+TEST(LinearAttentionBackward, LowPrecisionIsCloseToFloat64) {
+  for_each_problem([](const Problem& problem) {
+    if (problem.seqlen != 29 || !problem.normalize) return;
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      Case low(problem, dtype);
+      low.forward();
+      const Array grad = Tensor(dtype, random_array(low.out.size(), 1)).values();
+      low.backward(grad);
+      Case truth(low.p, DType::kFloat64);
+      truth.forward();
+      truth.backward(grad);
+      const std::string what = describe(low.p, dtype);
+      // delta is taken from the rounded output, so that one more rounding counts.
+      const double tolerance = 4 * unit_roundoff(dtype) + 2e-5;
+      expect_close(low.dq.values(), truth.dq.values(), tolerance, what + " dq");
+      expect_close(low.dk.values(), truth.dk.values(), tolerance, what + " dk");
+      expect_close(low.dv.values(), truth.dv.values(), tolerance, what + " dv");
+      expect_close(low.domega_q.values(), truth.domega_q.values(), tolerance, what + " domega_q");
+      expect_close(low.domega_k.values(), truth.domega_k.values(), tolerance, what + " domega_k");
+      expect_close(low.dlog_decay.values(), truth.dlog_decay.values(), tolerance, what + " decay");
+    }
+  });
+}
+
+TEST(LinearAttention, SegmentsAreSequencesOfTheirOwn) {
+  for (FeatureKind kind : kKinds) {
+    for (int64_t window : {0, 5}) {
+      if (kind == FeatureKind::kGiven && window > 0) continue;
+      Problem p;
+      p.kind = kind;
+      p.batch = 2;
+      p.kv_heads = 2;
+      p.heads = 4;
+      p.seqlen = 90;
+      p.window = window;
+      p.sinks = window > 0 ? 3 : 0;
+      p.segments = {0, 0, 70, 0, 70, 70, 0, 71, 90, 1, 13, 77};  // one empty, the rest padding
+      p = random_problem(p, true, false, 3);
+      Case c(p, DType::kFloat64);
+      const Array out = c.forward();
+      expect_close(out, reference::attention(c.p).out, 1e-12, describe(c.p, c.dtype));
+      check_gradients(p, DType::kFloat64, 1e-7);
+
+      // What padding holds does not matter, and its gradients stay what the caller put there: 0.
+      Case other(p, DType::kFloat64);
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      const auto poison = [&](Tensor& x, int64_t heads, int64_t dim) {
+        for (int64_t head = 0; head < heads; ++head) {
+          for (int64_t t : {0, 12, 77, 89}) {
+            for (int64_t j = 0; j < dim; ++j) {
+              static_cast<double*>(x.data())[((heads + head) * p.seqlen + t) * dim + j] = nan;
+            }
+          }
+        }
+      };
+      poison(other.q, p.heads, p.d);
+      poison(other.k, p.kv_heads, p.d);
+      poison(other.v, p.kv_heads, p.dv);
+      EXPECT_EQ(other.forward(), out);
+      c.backward(random_array(out.size(), 4));
+      other.backward(random_array(out.size(), 4));
+      EXPECT_EQ(other.dq.values(), c.dq.values());
+      EXPECT_EQ(other.dk.values(), c.dk.values());
+      EXPECT_EQ(other.dv.values(), c.dv.values());
+      EXPECT_EQ(other.domega_k.values(), c.domega_k.values());
+    }
+  }
+}
+
+TEST(LinearAttention, ReadsAnyStrides) {
+  Problem p;
+  p.kind = FeatureKind::kExp;
+  p.batch = 2;
+  p.kv_heads = 2;
+  p.heads = 4;
+  p.seqlen = 37;
+  p.window = 5;
+  p.sinks = 2;
+  p = random_problem(p, true, false, 11);
+  for (DType dtype : kDTypes) {
+    Case c(p, dtype);
+    const Array want = c.forward();
+    // q as (batch, seqlen, dim, heads); k of one head expanded; log_decay per head.
+    Array turned(c.p.q.size());
+    for (int64_t b = 0; b < 2; ++b) {
+      for (int64_t h = 0; h < 4; ++h) {
+        for (int64_t t = 0; t < 37; ++t) {
+          for (int64_t j = 0; j < p.d; ++j) {
+            turned[((b * 37 + t) * p.d + j) * 4 + h] = c.p.q[((b * 4 + h) * 37 + t) * p.d + j];
+          }
+        }
+      }
+    }
+    const Tensor q(dtype, turned);
+    LinearAttentionParams params = c.params();
+    params.q = {q.data(), 37 * p.d * 4, 1, p.d * 4, 4};
+    cpu::linear_attention_forward(params, 0, 4);
+    EXPECT_EQ(c.out.values(), want);
+
+    Problem expanded = c.p;
+    for (size_t i = 0; i < expanded.k.size(); ++i) {
+      expanded.k[i] = c.p.k[i % (37 * p.d)];
+      if (i < expanded.log_decay.size()) expanded.log_decay[i] = c.p.log_decay[i / 37 % 2];
+    }
+    Case full(expanded, dtype);
+    const Array same = full.forward();
+    params = c.params();
+    params.k = {c.k.data(), 0, 0, p.d, 1};
+    const Tensor per_head(acc_of(dtype), Array{c.p.log_decay[0], c.p.log_decay[1]});
+    params.log_decay = per_head.data();
+    params.log_decay_stride_batch = 0;
+    params.log_decay_stride_head = 1;
+    params.log_decay_stride_seq = 0;
+    cpu::linear_attention_forward(params, 0, 4);
+    EXPECT_EQ(c.out.values(), same);
+  }
+}
+
+TEST(LinearAttention, EpsilonAndNoFarTerm) {
+  for (int64_t window : {0, 4}) {
+    for (int64_t features : {0, 5}) {
+      for (double eps : {0.0, 1e-3, 1e3}) {
+        Problem p;
+        p.seqlen = 21;
+        p.m = features;
+        p.window = window;
+        p.sinks = 2;
+        p.eps = eps;
+        p = random_problem(p, features > 0, false, 2);
+        Case c(p, DType::kFloat64);
+        expect_close(c.forward(), reference::attention(c.p).out, 1e-12, describe(c.p, c.dtype));
+        check_gradients(p, DType::kFloat64, 1e-7);
+      }
+    }
+  }
+}
+
+TEST(LinearAttention, RowStatisticsAreTheDenominator) {
+  Problem p;
+  p.kind = FeatureKind::kExp;
+  p.seqlen = 100;
+  p = random_problem(p, true);
+  Case c(p, DType::kFloat64);
+  c.forward();
+  const Array scale = c.row_scale.values(), sum = c.row_sum.values();
+  const Array want = reference::attention(c.p).denominator;
+  for (size_t i = 0; i < want.size(); ++i) {
+    EXPECT_EQ(scale[i], std::round(scale[i]));
+    EXPECT_GE(sum[i], 1.0);
+    EXPECT_LT(sum[i], 2.0);
+    EXPECT_NEAR((scale[i] + std::log2(sum[i])) * std::log(2.0), want[i], 1e-12);
+  }
+}
+
+TEST(LinearAttention, EmptySequences) {
+  for (int64_t window : {0, 4}) {
+    Problem p;
+    p.seqlen = 0;
+    p.window = window;
+    p.sinks = window / 2;
+    Case c(random_problem(p, true, window == 0), DType::kFloat32);
+    EXPECT_TRUE(c.forward().empty());
+    if (window == 0) {
+      expect_states_equal(c.final, c.initial, 1e-7, "state");
+      const Array grad_kv = random_array(c.final.kv.size(), 1);
+      const Array grad_z = random_array(c.final.z.size(), 2);
+      c.backward({}, grad_kv, grad_z);
+      expect_close(c.dkv.values(), grad_kv, 1e-7, "d kv");
+      expect_close(c.dz.values(), grad_z, 1e-7, "d z");
+      for (double e : c.domega_k.values()) EXPECT_EQ(e, 0.0);
+    } else {
+      EXPECT_EQ(c.final.length, std::vector<int64_t>{0});
+    }
+  }
+}
+
+// A row without any weight: zero features. Its output and its gradients are 0, not NaN; but a
+// feature 0 has a gradient wherever the row has weight.
+TEST(LinearAttention, ZeroFeatures) {
+  Problem p;
+  p.kind = FeatureKind::kGiven;
+  p.heads = 1;
+  p.seqlen = 80;
+  p = random_problem(p, false, false, 6);
+  for (int64_t i = 0; i < p.m; ++i) {
+    p.q[3 * p.m + i] = 0;             // a query that sees nothing
+    for (int64_t s = 0; s < 2; ++s) p.k[s * p.m + i] = 0;  // and keys nobody sees
+  }
+  p.q[70 * p.m + 2] = p.k[69 * p.m + 1] = 0;
+  for (DType dtype : kDTypes) {
+    Case c(p, dtype);
+    const Array out = c.forward();
+    for (int64_t t : {0, 1, 3}) {
+      for (int64_t j = 0; j < p.dv; ++j) EXPECT_EQ(out[t * p.dv + j], 0.0);
+    }
+    c.backward(random_array(out.size(), 1));
+    for (const Tensor* gradient : {&c.dq, &c.dk, &c.dv}) {
+      for (double e : gradient->values()) ASSERT_TRUE(std::isfinite(e));
+    }
+    EXPECT_NE(c.dq.values()[70 * p.m + 2], 0.0);
+    EXPECT_NE(c.dk.values()[69 * p.m + 1], 0.0);
+  }
+  // The value, one-sided: features are not negative.
+  Case c(p, DType::kFloat64);
+  c.forward();
+  const Array grad = random_array(c.out.size(), 1);
+  c.backward(grad);
+  const double base = dot(reference::attention(c.p).out, grad), step = 1e-7;
+  Problem moved = c.p;
+  moved.k[69 * p.m + 1] = step;
+  EXPECT_NEAR((dot(reference::attention(moved).out, grad) - base) / step,
+              c.dk.values()[69 * p.m + 1], 1e-5);
+  moved = c.p;
+  moved.q[70 * p.m + 2] = step;
+  EXPECT_NEAR((dot(reference::attention(moved).out, grad) - base) / step,
+              c.dq.values()[70 * p.m + 2], 1e-5);
+}
+
 }  // namespace
 }  // namespace dijiang::testing
