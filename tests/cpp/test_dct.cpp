@@ -3,7 +3,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <random>
 #include <string>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "cpu/dtype.h"
+#include "dct_definition.h"
 
 namespace dijiang {
 namespace {
@@ -18,39 +18,9 @@ namespace {
 using cpu::AccOf;
 using cpu::BFloat16;
 using cpu::Float16;
-
-// The transform's definition: a_k cos(pi (2j + 1) k / 2n).
-class Matrix {
- public:
-  explicit Matrix(int64_t n) : n_(n), cosines_(4 * n) {
-    const long double pi = std::acos(-1.0L);
-    for (int64_t i = 0; i < 4 * n; ++i) cosines_[i] = std::cos(pi * i / (2 * n));
-  }
-  long double operator()(int64_t k, int64_t j) const {
-    return std::sqrt((k ? 2.0L : 1.0L) / n_) * cosines_[(2 * j + 1) * k % (4 * n_)];
-  }
-
- private:
-  int64_t n_;
-  std::vector<long double> cosines_;
-};
-
-// Rows of the transform of x, summed more precisely than any kernel does.
-std::vector<double> naive(const std::vector<double>& x, int64_t n, int type) {
-  const Matrix c(n);
-  const int64_t rows = x.size() / n;
-  std::vector<double> out(x.size());
-  std::vector<long double> sum(rows);
-  for (int64_t k = 0; k < n; ++k) {
-    std::fill(sum.begin(), sum.end(), 0.0L);
-    for (int64_t j = 0; j < n; ++j) {
-      const long double factor = type == 2 ? c(k, j) : c(j, k);
-      for (int64_t row = 0; row < rows; ++row) sum[row] += factor * x[row * n + j];
-    }
-    for (int64_t row = 0; row < rows; ++row) out[row * n + k] = static_cast<double>(sum[row]);
-  }
-  return out;
-}
+using testing::dct_definition;
+using testing::DctMatrix;
+using testing::relative_error;
 
 // What a test knows of an element type. (Not the type itself, which may lack run-time type
 // information: _Float16.)
@@ -114,15 +84,6 @@ std::vector<T> transformed(const std::vector<T>& x, int64_t n, int type) {
   return out;
 }
 
-double relative_error(const std::vector<double>& got, const std::vector<double>& expected) {
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    error += (got[i] - expected[i]) * (got[i] - expected[i]);
-    norm += expected[i] * expected[i];
-  }
-  return std::sqrt(error / norm);
-}
-
 std::vector<int64_t> lengths() {
   std::vector<int64_t> result;
   for (int64_t n = 1; n <= 70; ++n) result.push_back(n);
@@ -131,8 +92,8 @@ std::vector<int64_t> lengths() {
 }
 
 template <typename T>
-class Dct : public testing::Test {};
-using Types = testing::Types<Case<float>, Case<double>, Case<BFloat16>, Case<Float16>>;
+class Dct : public ::testing::Test {};
+using Types = ::testing::Types<Case<float>, Case<double>, Case<BFloat16>, Case<Float16>>;
 TYPED_TEST_SUITE(Dct, Types);
 
 TYPED_TEST(Dct, EqualsTheSum) {
@@ -141,7 +102,7 @@ TYPED_TEST(Dct, EqualsTheSum) {
     const auto x = random_values<typename TypeParam::Value>(rows * n, 1);
     for (int type : {2, 3}) {
       const auto got = widened(transformed(x, n, type));
-      EXPECT_LT(relative_error(got, naive(widened(x), n, type)), TypeParam::tolerance)
+      EXPECT_LT(relative_error(got, dct_definition(widened(x), n, type)), TypeParam::tolerance)
           << "n = " << n << ", type " << type;
     }
   }
@@ -194,8 +155,8 @@ TEST(DctFloat, IsAsPreciseAsTheMatrixProduct) {
   for (int64_t n : {37, 64, 96, 100, 103, 127, 128, 256, 1000, 1024, 4096}) {
     const int64_t rows = 8;
     const auto x = random_values<float>(rows * n, 4);
-    const auto expected = naive(widened(x), n, 2);
-    const Matrix c(n);
+    const auto expected = dct_definition(widened(x), n, 2);
+    const DctMatrix c(n);
     std::vector<double> product(rows * n);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < n; ++k) {
