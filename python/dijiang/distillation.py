@@ -307,7 +307,7 @@ def _as_dataset(data, length: int):
     """Anything distill takes, as a sized dataset of {"input_ids": ...}."""
     if isinstance(data, Tensor) or (isinstance(data, Sequence) and data and _is_ids(data)):
         data = _as_rows(data, length)
-    if isinstance(data, Sequence) or isinstance(data, Tensor):
+    if isinstance(data, (Sequence, Tensor)):
         if not len(data):
             raise ValueError("distill: data is empty")
         first = data[0]
