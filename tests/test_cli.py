@@ -29,9 +29,10 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def one_thread():
+    """Tiny products: a second thread only waits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, threads))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -37,7 +37,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(settings):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny products: a second thread only waits
     return demo.run(settings)
 
 

@@ -264,7 +264,7 @@ class _Demo:
         with self.reporter.stage(f"distilling on {tokens} tokens") as progress:
 
             def note(row):
-                curve.append({"stage": "attention transfer", **row})
+                curve.append({**row, "stage": "attention transfer"})
                 progress(row["step"], row["steps"])
 
             done = distill(
