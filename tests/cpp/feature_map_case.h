@@ -16,6 +16,23 @@ struct FeatureMapKernels {
   std::function<void(FeatureMapBackwardParams&)> backward;
 };
 
+// In two ranges of tasks, with a workspace that holds anything but zeros.
+inline FeatureMapKernels cpu_kernels() {
+  return {[](const FeatureMapParams& p) {
+            const int64_t tasks = cpu::feature_map_num_tasks(p);
+            cpu::feature_map_forward(p, 0, tasks / 2);
+            cpu::feature_map_forward(p, tasks / 2, tasks);
+          },
+          [](FeatureMapBackwardParams& p) {
+            std::vector<char> workspace(cpu::feature_map_backward_workspace(p), char(0xff));
+            p.workspace = workspace.data();
+            const int64_t tasks = cpu::feature_map_num_tasks(p.forward);
+            cpu::feature_map_backward(p, tasks / 2, tasks);
+            cpu::feature_map_backward(p, 0, tasks / 2);
+            cpu::feature_map_backward_finish(p);
+          }};
+}
+
 struct FeatureMapCase {
   FeatureKind kind = FeatureKind::kExp;
   bool log = false;

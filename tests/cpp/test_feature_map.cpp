@@ -8,22 +8,6 @@
 namespace dijiang::testing {
 namespace {
 
-FeatureMapKernels cpu_kernels() {
-  return {[](const FeatureMapParams& p) {
-            const int64_t tasks = cpu::feature_map_num_tasks(p);
-            cpu::feature_map_forward(p, 0, tasks / 2);
-            cpu::feature_map_forward(p, tasks / 2, tasks);
-          },
-          [](FeatureMapBackwardParams& p) {
-            std::vector<char> workspace(cpu::feature_map_backward_workspace(p), char(0xff));
-            p.workspace = workspace.data();
-            const int64_t tasks = cpu::feature_map_num_tasks(p.forward);
-            cpu::feature_map_backward(p, tasks / 2, tasks);
-            cpu::feature_map_backward(p, 0, tasks / 2);
-            cpu::feature_map_backward_finish(p);
-          }};
-}
-
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
 
 std::vector<FeatureMapCase> cases() {
