@@ -128,8 +128,8 @@ class BackwardKeys {
   void fold_queries(int64_t token, double since) {
     Acc shift[kTile] = {}, factor[kTile] = {};
     for (int64_t t = 0; t < queries_.rows; ++t) {
-      const Decay<Acc> decay(since += decay_at(token + t));
-      shift[t] = decay.whole - queries_.scale[t];
+      const Decay<Acc> decay(since += decay_at(token + t), -queries_.scale[t]);
+      shift[t] = decay.whole;
       factor[t] = decay.fraction * queries_.inverse[t];
       if (factor[t] == 0) shift[t] = static_cast<Acc>(kEmptyLogScale);
     }
@@ -183,13 +183,12 @@ class BackwardKeys {
     const Acc* a = a_ + s * mp_;
     Vec<Acc> sum{};
     for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-      const Vec<Acc> power = load(scale + i) + shift;
       if constexpr (kGiven) {
-        const Vec<Acc> d = scale_by<Acc>(load(row + i), power);
+        const Vec<Acc> d = scale_by<Acc>(load(row + i), load(scale + i) + shift);
         store(row + i, d);
         sum = multiply_add(d, load(a + i), sum);
       } else {
-        const Vec<Acc> d = load(row + i) * F::scaled(load(a + i), power);
+        const Vec<Acc> d = load(row + i) * F::scaled(load(a + i), load(scale + i), broadcast(shift));
         store(row + i, d);
         sum += d;
       }
@@ -309,8 +308,9 @@ class BackwardKeys {
     read_future(future_.kv, future_.extra, factor);
     for (int64_t s = 0; s < rows_; ++s) {
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-        const Vec<Acc> power = load(future_.log_scale + i) + shift[s];
-        store(fk_ + s * mp_ + i, F::scaled(load(a_ + s * mp_ + i), power) * broadcast(factor[s]));
+        const Vec<Acc> f = F::scaled(load(a_ + s * mp_ + i), load(future_.log_scale + i),
+                                     broadcast(shift[s]));
+        store(fk_ + s * mp_ + i, f * broadcast(factor[s]));
       }
       multiply_features<kGiven>(s, future_.log_scale, shift[s]);
     }
@@ -334,11 +334,8 @@ class BackwardKeys {
   void chunk() {
     using F = FeatureOf<Acc, kGiven>;
     constexpr int L = kLanes<Acc>;
-    cumulative_[0] = 0;
-    for (int64_t s = 0; s < rows_; ++s) cumulative_[s + 1] = cumulative_[s] + decay_at(token_ + s);
-    for (int64_t t = 0; has_decay_ && t < rows_; ++t) {
-      for (int64_t s = 0; s <= t; ++s) mask_[t * kTile + s] = exp2_scaled_one(decay(s, t), Acc(0));
-    }
+    for (int64_t s = 0; s < rows_; ++s) log_decay_[s] = decay_at(token_ + s);
+    if (has_decay_) decay_mask(rows_, log_decay_, mask_);
 
     // top: a whole exponent above every 2^(b - r), the tile's and R's; keys read relative to it.
     std::memcpy(top_, future_.log_scale, mp_ * sizeof(Acc));
@@ -357,7 +354,7 @@ class BackwardKeys {
     Acc factor[kTile] = {};
     for (int64_t s = 0; s < rows_; ++s) {
       exact[s] = spread || too_large<kGiven>(s);
-      factor[s] = exact[s] ? Acc(0) : std::exp2(decay(s, rows_ - 1));
+      factor[s] = exact[s] ? Acc(0) : std::exp2(static_cast<Acc>(decay_between(s, rows_ - 1)));
       for (int64_t i = 0; i < mp_; i += L) {
         const Vec<Acc> f = F::scaled(load(a_ + s * mp_ + i), load(top_ + i));
         store(fk_ + s * mp_ + i, exact[s] ? Vec<Acc>{} : f);
@@ -389,14 +386,16 @@ class BackwardKeys {
     }
     gemm<Operand::kPlain, Operand::kPlain>(rows_, vp_, mp_, fk_, mp_, chunk_r_, vp_, dv_, vp_);
 
-    future_.decay(cumulative_[rows_]);
+    future_.decay(decay_sum(token_, token_ + rows_));
     for (int64_t g = 0; g < groups_; ++g) {
       load_queries(g, token_, rows_);
       fold_queries<kGiven>(token_, 0.0);
     }
   }
-  Acc decay(int64_t s, int64_t t) const {
-    return static_cast<Acc>(cumulative_[t + 1] - cumulative_[s + 1]);
+  double decay_between(int64_t s, int64_t t) const {
+    double sum = 0;
+    for (int64_t r = t; has_decay_ && r > s; --r) sum += log_decay_[r];
+    return sum;
   }
 
   // W and A of the loaded queries, and what keys get from them by matrix products.
@@ -405,10 +404,10 @@ class BackwardKeys {
     using F = FeatureOf<Acc, kGiven>;
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
     for (int64_t t = 0; t < rows_; ++t) {
-      const Vec<Acc> factor = broadcast(queries_.inverse[t]);
+      const Vec<Acc> factor = broadcast(queries_.inverse[t]), r = broadcast(-queries_.scale[t]);
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-        const Vec<Acc> shift = -load(top_ + i) - queries_.scale[t];
-        store(fq_ + t * mp_ + i, F::scaled(load(queries_.b + t * mp_ + i), shift) * factor);
+        const Vec<Acc> f = F::scaled(load(queries_.b + t * mp_ + i), -load(top_ + i), r);
+        store(fq_ + t * mp_ + i, f * factor);
       }
       if (queries_.inverse[t] == 0) fill(fq_ + t * mp_, mp_, Acc(0));
     }
@@ -469,9 +468,9 @@ class BackwardKeys {
     using F = FeatureOf<Acc, kGiven>;
     for (int64_t t = s; t < rows_; ++t) {
       if (queries_.inverse[t] == 0) continue;
-      const Decay<Acc> decay(cumulative_[t + 1] - cumulative_[s + 1]);
+      const Decay<Acc> decay(decay_between(s, t), -queries_.scale[t]);
       const Acc factor = decay.fraction * queries_.inverse[t];
-      const Vec<Acc> shift = broadcast(decay.whole - queries_.scale[t]);
+      const Vec<Acc> shift = broadcast(decay.whole);
       const Vec<Acc> grad = broadcast(grad_weights_[t * kTile + s] * factor);
       Vec<Acc> sum{};
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
@@ -490,13 +489,13 @@ class BackwardKeys {
   template <bool kGiven>
   void exact_future(int64_t s) {
     using F = FeatureOf<Acc, kGiven>;
-    const Decay<Acc> decay(cumulative_[rows_] - cumulative_[s + 1]);
+    const Decay<Acc> decay(decay_between(s, rows_ - 1));
     const Acc* value = values_ + s * vp_;
     Vec<Acc> sum{};
     for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
       const Vec<Acc> a = load(a_ + s * mp_ + i);
-      const Vec<Acc> shift = load(future_.log_scale + i) + decay.whole;
-      const Vec<Acc> f = F::scaled(a, shift) * broadcast(decay.fraction);
+      const Vec<Acc> scale = load(future_.log_scale + i), shift = broadcast(decay.whole);
+      const Vec<Acc> f = F::scaled(a, scale, shift) * broadcast(decay.fraction);
       Vec<Acc> read{};
       for (int64_t l = 0; l < kLanes<Acc>; ++l) {
         const Acc* r = future_.kv + (i + l) * vp_;
@@ -505,7 +504,7 @@ class BackwardKeys {
         read[l] = dot;
         for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += f[l] * r[j];
       }
-      const Vec<Acc> given = scale_by<Acc>(read * broadcast(decay.fraction), shift);
+      const Vec<Acc> given = scale_by<Acc>(read * broadcast(decay.fraction), scale + shift);
       const Vec<Acc> d = load(exact_ + s * mp_ + i) + (kGiven ? given : f * read);
       store(da_ + s * mp_ + i, d);
       sum += kGiven ? d * a : d;
@@ -555,7 +554,7 @@ class BackwardKeys {
   Acc* mask_ = nullptr;
   Acc* weights_ = nullptr;       // (queries, kTile): P or A
   Acc* grad_weights_ = nullptr;  // dS scale or W
-  double cumulative_[kTile + 1] = {};  // log2 decay of the first s tokens of the tile
+  double log_decay_[kTile] = {};  // log2, of the tile's tokens
 };
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

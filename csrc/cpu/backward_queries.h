@@ -126,8 +126,8 @@ class BackwardQueries {
     const int64_t rows = walk_.rows, mp = walk_.mp;
     Acc shift[kTile] = {}, factor[kTile] = {};
     for (int64_t t = 0; t < rows; ++t) {
-      const Decay<Acc> decay(walk_.decay_to(t));
-      shift[t] = decay.whole - queries_.scale[t];
+      const Decay<Acc> decay(walk_.decay_to(t), -queries_.scale[t]);
+      shift[t] = decay.whole;
       factor[t] = decay.fraction * queries_.inverse[t];
     }
     add_state(walk_.state.kv, walk_.state.z, factor);
@@ -162,13 +162,12 @@ class BackwardQueries {
     Acc* row = db_ + t * walk_.mp;
     Vec<Acc> sum{};
     for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
-      const Vec<Acc> power = load(scale + i) + shift;
       if constexpr (kGiven) {
-        const Vec<Acc> d = scale_by<Acc>(load(row + i), power);
+        const Vec<Acc> d = scale_by<Acc>(load(row + i), load(scale + i) + shift);
         store(row + i, d);
         sum = multiply_add(d, load(b + i), sum);
       } else {
-        const Vec<Acc> d = load(row + i) * F::scaled(load(b + i), power);
+        const Vec<Acc> d = load(row + i) * F::scaled(load(b + i), load(scale + i), broadcast(shift));
         store(row + i, d);
         sum += d;
       }
@@ -239,22 +238,24 @@ class BackwardQueries {
     const int64_t mp = walk_.mp, vp = walk_.vp;
     const Acc* b = queries_.b + t * mp;
     const Acc* grad = queries_.grad + t * vp;
-    const Decay<Acc> past(walk_.decay_to(t));
+    const Decay<Acc> past(walk_.decay_to(t), -queries_.scale[t]);
     Decay<Acc> decay[kTile];
-    for (int64_t s = 0; s <= t; ++s) decay[s] = Decay<Acc>(walk_.decay_between(s, t));
+    for (int64_t s = 0; s <= t; ++s) {
+      decay[s] = Decay<Acc>(walk_.decay_between(s, t), -queries_.scale[t]);
+    }
     Vec<Acc> sum{};
     for (int64_t i = 0; i < mp; i += kLanes<Acc>) {
       const Vec<Acc> bi = load(b + i);
       Vec<Acc> d{}, given{};  // given: without the factor b
       for (int64_t s = 0; s <= t; ++s) {
-        const Vec<Acc> shift = broadcast(decay[s].whole - queries_.scale[t]);
+        const Vec<Acc> shift = broadcast(decay[s].whole);
         const Vec<Acc> weight = broadcast(far_[t * kTile + s] * decay[s].fraction);
         const Vec<Acc> a = load(walk_.a + s * mp + i);
         d += F::product(bi, a, shift) * weight;
         if constexpr (kGiven) given += F::scaled(a, shift) * weight;
       }
-      const Vec<Acc> shift =
-          load(walk_.state.log_scale + i) + (past.whole - queries_.scale[t]);
+      const Vec<Acc> scale = load(walk_.state.log_scale + i);
+      const Vec<Acc> shift = broadcast(past.whole);
       Vec<Acc> read;
       for (int64_t l = 0; l < kLanes<Acc>; ++l) {
         const Acc* kv = walk_.state.kv + (i + l) * vp;
@@ -262,8 +263,8 @@ class BackwardQueries {
         for (int64_t j = 0; j < vp; ++j) dot += kv[j] * grad[j];
         read[l] = dot * past.fraction * queries_.inverse[t];
       }
-      d += F::scaled(bi, shift) * read;
-      if constexpr (kGiven) given += scale_by<Acc>(read, shift);
+      d += F::scaled(bi, scale, shift) * read;
+      if constexpr (kGiven) given += scale_by<Acc>(read, scale + shift);
       store(db_ + t * mp + i, kGiven ? given : d);
       sum += d;
     }

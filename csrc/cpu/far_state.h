@@ -6,18 +6,37 @@
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
-// 2^x for x <= 0 as 2^whole fraction, fraction in (1/2, 1].
+// 2^(x + shift), x <= 0 and shift whole, as 2^whole fraction. fraction lies in (1/2, 1], unless shift
+// is too large to take a whole number up exactly.
 template <typename Acc>
 struct Decay {
   Acc whole = 0;
   Acc fraction = 1;
   Decay() = default;
-  explicit Decay(double x) {
+  explicit Decay(double x, Acc shift = 0) {
     const double up = std::ceil(x);
-    whole = static_cast<Acc>(up);
-    fraction = static_cast<Acc>(std::exp2(x - up));
+    whole = static_cast<Acc>(up) + shift;
+    const double lost = static_cast<double>(shift) + up - static_cast<double>(whole);
+    fraction = static_cast<Acc>(std::exp2(x - up + lost));
   }
 };
+
+// mask[t, s] = the product of the decays of tokens s+1..t, for s <= t < n; log_decay in base 2.
+// Sums run from t back: differences of cumulative sums would cancel.
+template <typename Acc>
+void decay_mask(int64_t n, const double* log_decay, Acc* mask) {
+  for (int64_t t = 0; t < n; ++t) {
+    Acc* row = mask + t * kTile;
+    double sum = 0;
+    for (int64_t s = t; s >= 0; --s) {
+      row[s] = static_cast<Acc>(sum);
+      sum += log_decay[s];
+    }
+    for (int64_t s = 0; s <= t; s += kLanes<Acc>) {
+      store(row + s, exp2_scaled<Acc>(load(row + s), Vec<Acc>{}));
+    }
+  }
+}
 
 // out = row 2^n factor
 template <typename Acc>
@@ -64,10 +83,14 @@ class FarState {
     const Acc factor_down = static_cast<Acc>(std::exp2(total - down));
     const Acc factor_up = static_cast<Acc>(std::exp2(total - up));
     for (int64_t i = 0; i < mp_; ++i) {
+      if (log_scale[i] <= Acc(kEmptyLogScale)) continue;
       const bool small = std::abs(z[i]) < 1;
-      const Acc factor = small ? factor_down : factor_up;
-      const Acc scale = log_scale[i] + static_cast<Acc>(small ? down : up);
-      log_scale[i] = scale > Acc(kEmptyLogScale) ? scale : Acc(kEmptyLogScale);
+      const double old = log_scale[i], whole = small ? down : up;
+      log_scale[i] = static_cast<Acc>(old + whole);
+      Acc factor = small ? factor_down : factor_up;
+      if (log_scale[i] - old != whole) {  // too large a scale to move by so little
+        factor = static_cast<Acc>(std::exp2(total - (log_scale[i] - old)));
+      }
       z[i] *= factor;
       if (extra) extra[i] *= factor;
       scale_row(kv + i * vp_, vp_, Acc(0), factor, kv + i * vp_);
@@ -94,7 +117,7 @@ class FarState {
       if (extra) extra_sum = scale_by<Acc>(load(extra + i), grown);
       for (int64_t s = 0; s < n; ++s) {
         const Vec<Acc> f =
-            F::scaled(load(features + s * mp_ + i), shift[s] - scale) * broadcast(factor[s]);
+            F::scaled(load(features + s * mp_ + i), broadcast(shift[s]), -scale) * broadcast(factor[s]);
         store(features_ + s * mp_ + i, f);
         sum += f;
         if (extra) extra_sum = multiply_add(f, broadcast(extras[s]), extra_sum);

@@ -25,13 +25,19 @@ struct FeatureOf {
     if constexpr (kGiven) return scale_by<Acc>(x, shift);
     return exp2_scaled<Acc>(x, shift);
   }
+  DIJIANG_INLINE static Vec<Acc> scaled(Vec<Acc> x, Vec<Acc> shift, Vec<Acc> more) {
+    if constexpr (kGiven) return scale_by<Acc>(x, shift + more);
+    return exp2_scaled<Acc>(x, shift, more);
+  }
   // The product of two features times 2^shift, safe when only the whole product is in range.
   DIJIANG_INLINE static Vec<Acc> product(Vec<Acc> x, Vec<Acc> y, Vec<Acc> shift) {
     if constexpr (kGiven) {
       const Vec<Acc> ex = exponent_of<Acc>(x, Acc(0)), ey = exponent_of<Acc>(y, Acc(0));
       return scale_by<Acc>(scale_by<Acc>(x, -ex) * scale_by<Acc>(y, -ey), ex + ey + shift);
     }
-    return exp2_scaled<Acc>(x + y, shift);
+    // To the same bits as the product of two scaled features.
+    const Vec<Acc> ny = round_even(y);
+    return exp2_scaled<Acc>(x, ny, shift) * exp2_fraction(y - ny);
   }
 };
 

@@ -101,7 +101,9 @@ class KeyWalk {
   double decay_to(int64_t i) const { return has_decay ? since_state_[i] : 0.0; }
   // log2 of the decay from row s to row t of the tile.
   double decay_between(int64_t s, int64_t t) const {
-    return has_decay ? since_state_[t] - since_state_[s] : 0.0;
+    double sum = 0;  // from t back: differences of large sums would cancel
+    for (int64_t r = t; has_decay && r > s; --r) sum += log_decay_[offset_ + r];
+    return sum;
   }
   bool is_sink(int64_t i) const { return position + i < p.sinks; }
 
@@ -239,11 +241,7 @@ class KeyWalk {
     fk_.exponents(tile_keys, rows, a);
     drop_sinks(rows, position);
     dispatch_given(p.kind, [this](auto given_tag) { scale_chunk<given_tag.value>(); });
-    for (int64_t t = 0; has_decay && t < rows; ++t) {
-      for (int64_t s = 0; s <= t; ++s) {
-        mask[t * kTile + s] = exp2_scaled_one(static_cast<Acc>(decay_between(s, t)), Acc(0));
-      }
-    }
+    if (has_decay) decay_mask(rows, log_decay_ + offset_, mask);
   }
 
   template <bool kGiven>

@@ -160,7 +160,7 @@ class LinearAttentionForward {
       for (int64_t t = 0; t < rows; ++t) {
         const Vec<Acc> r = broadcast(scale_[t]);
         for (int64_t i = 0; i < mp; i += L) {
-          store(fq_ + t * mp + i, F::scaled(load(b_ + t * mp + i), load(scale + i) - r));
+          store(fq_ + t * mp + i, F::scaled(load(b_ + t * mp + i), load(scale + i), -r));
         }
       }
       fill(far_, rows * kTile, Acc(0));
@@ -177,15 +177,15 @@ class LinearAttentionForward {
       multiply_visible(far_, kTile, rows, 0, walk_.tile_values);
     }
     for (int64_t t = 0; t < rows; ++t) {
-      const Decay<Acc> decay(walk_.decay_to(t));
-      const Vec<Acc> r = broadcast(scale_[t] - decay.whole), fraction = broadcast(decay.fraction);
+      const Decay<Acc> decay(walk_.decay_to(t), -scale_[t]);
+      const Vec<Acc> shift = broadcast(decay.whole), fraction = broadcast(decay.fraction);
       Vec<Acc> sum{};
       for (int64_t i = 0; i < mp; i += L) {
         Vec<Acc> f;
         if (walk_.intra && !walk_.has_decay) {
           f = load(fq_ + t * mp + i);
         } else {
-          f = F::scaled(load(b_ + t * mp + i), load(scale + i) - r) * fraction;
+          f = F::scaled(load(b_ + t * mp + i), load(scale + i), shift) * fraction;
           store(fq_ + t * mp + i, f);
         }
         sum = multiply_add(f, load(state_z + i), sum);
@@ -241,8 +241,8 @@ class LinearAttentionForward {
       add(weight, walk_.sink_values + s * vp);
     }
     for (int64_t s = 0; s <= t; ++s) {
-      const Decay<Acc> decay(walk_.decay_between(s, t));
-      const Vec<Acc> shift = broadcast(decay.whole - top);
+      const Decay<Acc> decay(walk_.decay_between(s, t), -top);
+      const Vec<Acc> shift = broadcast(decay.whole);
       Vec<Acc> sum{};
       for (int64_t i = 0; i < mp; i += L) {
         sum += F::product(load(b + i), load(walk_.a + s * mp + i), shift);
@@ -251,9 +251,11 @@ class LinearAttentionForward {
       den += weight;
       add(weight, walk_.tile_values + s * vp);
     }
+    const Decay<Acc> past(walk_.decay_to(t), -top);
     for (int64_t i = 0; i < mp; i += L) {
-      const Vec<Acc> shift = load(walk_.state.log_scale + i) + (state_decay.whole - top);
-      const Vec<Acc> f = F::scaled(load(b + i), shift) * broadcast(state_decay.fraction);
+      const Vec<Acc> scale = load(walk_.state.log_scale + i);
+      const Vec<Acc> f =
+          F::scaled(load(b + i), scale, broadcast(past.whole)) * broadcast(past.fraction);
       for (int64_t l = 0; l < L; ++l) {
         den += f[l] * walk_.state.z[i + l];
         add(f[l], walk_.state.kv + (i + l) * vp);

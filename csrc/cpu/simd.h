@@ -157,6 +157,16 @@ DIJIANG_INLINE Vec<T> exp2_scaled(Vec<T> x, Vec<T> shift) {
   return exp2_fraction(x - n) * power_of_two<T>(n + shift);
 }
 
+// The same with a shift in two parts, whose sum need not be a T: exponents of 10^9 make sums beyond
+// 2^24, and a shift rounded there would be off by a factor of 2^32.
+template <typename T>
+DIJIANG_INLINE Vec<T> exp2_scaled(Vec<T> x, Vec<T> shift, Vec<T> more) {
+  const Vec<T> n = round_even(x);
+  const Vec<T> sum = shift + more, part = sum - shift;
+  const Vec<T> rest = (shift - (sum - part)) + (more - part);  // exactly what the sum lost
+  return exp2_fraction(x - n) * power_of_two<T>((n + sum) + rest);
+}
+
 // x 2^n for whole n, in two steps, so that the whole range of T can be crossed.
 template <typename T>
 DIJIANG_INLINE Vec<T> scale_by(Vec<T> x, Vec<T> n) {
@@ -166,7 +176,7 @@ DIJIANG_INLINE Vec<T> scale_by(Vec<T> x, Vec<T> n) {
 }
 
 // The binary exponent e of x, 2^(e-1) <= |x| < 2^e, rounded up as docs/numerics.md rounds maxima;
-// `zero` for x = 0 and subnormal x.
+// `zero` for x = 0, subnormal x and NaN.
 template <typename T>
 DIJIANG_INLINE Vec<T> exponent_of(Vec<T> x, T zero) {
   constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
@@ -182,7 +192,7 @@ DIJIANG_INLINE Vec<T> exponent_of(Vec<T> x, T zero) {
   Vec<T> biased;
   std::memcpy(&biased, &bits, sizeof(bits));
   biased -= magic;
-  return biased > 0 ? biased - T(kExponentBias<T> - 1) : broadcast(zero);
+  return (biased > 0) & (x == x) ? biased - T(kExponentBias<T> - 1) : broadcast(zero);
 }
 
 template <typename T>

@@ -93,17 +93,19 @@ inline double log_sum_exp(const Array& x) {
 struct Keys {
   Range range;
   std::vector<Array> log_phi;  // of every key
-  Array cumulative;            // c_t: natural log decay summed over tokens <= t of the sequence
+  Array log_decay;             // of every token
+  Array cumulative;            // c_t: its sum over tokens <= t of the sequence
 };
 inline Keys keys_of(const Problem& p, int64_t sequence, int64_t head) {
-  Keys keys{range_of(p, sequence), {}, {}};
+  Keys keys{range_of(p, sequence), {}, {}, {}};
   double c = 0;
   for (int64_t t = keys.range.begin; t < keys.range.end; ++t) {
     const int64_t row = (keys.range.batch * p.kv_heads + head) * p.seqlen + t;
     if (p.m > 0) {
       keys.log_phi.push_back(log_phi(p, &p.k[row * p.d], p.omega_k, p.weight_k, p.beta_k, head));
     }
-    keys.cumulative.push_back(c += p.log_decay.empty() ? 0.0 : p.log_decay[row]);
+    keys.log_decay.push_back(p.log_decay.empty() ? 0.0 : p.log_decay[row]);
+    keys.cumulative.push_back(c += keys.log_decay.back());
   }
   return keys;
 }
@@ -127,15 +129,17 @@ inline Output attention(const Problem& p) {
         const Array b =
             p.m > 0 ? log_phi(p, q, p.omega_q, p.weight_q, p.beta_q, head) : Array();
         Array log_w(t + 1, -std::numeric_limits<double>::infinity());
-        for (int64_t s = 0; s <= t; ++s) {
+        double decay = 0;  // c_t - c_s, summed from t back: no cancellation
+        for (int64_t s = t; s >= 0; --s) {
           if (is_near(p, t, s)) {
             log_w[s] = 0;
             for (int64_t j = 0; j < p.d; ++j) log_w[s] += p.scale * q[j] * p.k[(k_row + s) * p.d + j];
           } else if (p.m > 0) {
             Array terms(p.m);
             for (int64_t i = 0; i < p.m; ++i) terms[i] = b[i] + keys.log_phi[s][i];
-            log_w[s] = log_sum_exp(terms) + keys.cumulative[t] - keys.cumulative[s];
+            log_w[s] = log_sum_exp(terms) + decay;
           }
+          decay += keys.log_decay[s];
         }
         Array all = log_w;
         Array log_f;  // of the query, decayed back to the state's time

@@ -529,5 +529,244 @@ TEST(LinearAttention, ZeroFeatures) {
               c.dq.values()[70 * p.m + 2], 1e-5);
 }
 
+bool all_finite(const Tensor& x) {
+  for (double e : x.values()) {
+    if (!std::isfinite(e)) return false;
+  }
+  return true;
+}
+
+// Inputs as large as a broken model makes them: nothing overflows, no 0 / 0.
+TEST(LinearAttentionExtremes, HugeInputsStayFinite) {
+  for (FeatureKind kind : kKinds) {
+    for (int64_t window : {0, 8}) {
+      if (kind == FeatureKind::kGiven && window > 0) continue;
+      for (bool decay : {false, true}) {
+        for (DType dtype : kDTypes) {
+          Problem p;
+          p.kind = kind;
+          p.heads = 3;
+          p.seqlen = 150;
+          p.d = p.m = 16;
+          p.dv = 8;
+          p.window = window;
+          p.sinks = window / 4;
+          p.scale = 0.25;
+          p = random_problem(p, decay, false, 4);
+          for (double& e : p.q) e *= 1e4;
+          for (double& e : p.k) e *= 1e4;
+          if (kind == FeatureKind::kGiven && dtype == DType::kFloat16) {
+            for (Array* x : {&p.q, &p.k}) {
+              for (double& e : *x) e = std::min(e, 65504.0);
+            }
+          }
+          for (double& e : p.beta_q) e = 0.5;
+          for (double& e : p.beta_k) e = 0.5;
+          Case c(p, dtype);
+          const std::string what = describe(c.p, dtype);
+          const Array out = c.forward();
+          ASSERT_TRUE(all_finite(c.out)) << what;
+          ASSERT_TRUE(all_finite(c.final.kv) && all_finite(c.final.z)) << what;
+          // An average of values lies among them.
+          EXPECT_LE(largest(out), largest(c.p.v) * (1 + 4 * unit_roundoff(dtype))) << what;
+          // Small enough for the gradients, about k times it, to be float16 numbers.
+          Array grad = random_array(out.size(), 1);
+          for (double& e : grad) e *= 0.1;
+          c.backward(grad);
+          for (const Tensor* x : {&c.dq, &c.dk, &c.dv, &c.domega_q, &c.domega_k, &c.dweight_q,
+                                  &c.dweight_k, &c.dbeta_q, &c.dbeta_k, &c.dlog_decay}) {
+            ASSERT_TRUE(all_finite(*x)) << what << " " << (x - &c.dq) << " " << largest(x->values()) ;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Exponents far apart inside one chunk, in every order, against the definition: gradients too.
+TEST(LinearAttentionExtremes, SpreadExponentsAreExact) {
+  for (DType dtype : {DType::kFloat64, DType::kFloat32}) {
+    // In base e: beyond the range of dtype within a few tokens.
+    const double step = dtype == DType::kFloat64 ? 150 : 20;
+    for (FeatureKind kind : {FeatureKind::kExp, FeatureKind::kGiven}) {
+      for (int order = 0; order < 4; ++order) {
+        for (bool decay : {false, true}) {
+          Problem p;
+          p.kind = kind;
+          p.seqlen = 70;
+          p.d = p.m = 3;
+          p = random_problem(p, decay, kind == FeatureKind::kGiven, 8);
+          std::mt19937 generator(order);
+          for (int64_t s = 0; s < p.seqlen; ++s) {
+            double exponent = 0;
+            if (order == 0) exponent = s == 60 ? 20 * step : 0;         // one huge later key
+            if (order == 1) exponent = step * (s % 8);                  // rising, again and again
+            if (order == 2) exponent = -step * (s % 8);                 // falling
+            if (order == 3) exponent = step * (generator() % 9 - 4.0);  // neither
+            // A given feature is a number of dtype, and so is its product with a gradient.
+            if (kind == FeatureKind::kGiven) exponent *= order == 0 ? 0.12 : 0.3;
+            for (int64_t i = 0; i < p.d; ++i) {
+              double& k = p.k[s * p.d + i];
+              if (kind == FeatureKind::kGiven) {
+                k *= std::exp(exponent);
+              } else if (i == 0) {
+                k = exponent;
+              }
+            }
+          }
+          if (kind == FeatureKind::kExp) {  // exponent of the key in every feature; queries plain
+            p.beta_q.clear();
+            p.beta_k.clear();
+            for (int64_t i = 0; i < p.m; ++i) p.omega_k[i * p.d] = 1;
+          }
+          Case c(p, dtype);
+          const std::string what = describe(c.p, dtype) + " order " + std::to_string(order);
+          expect_close(c.forward(), reference::attention(c.p).out,
+                       dtype == DType::kFloat64 ? 1e-11 : 1e-4, what);
+          const Array grad = random_array(c.out.size(), 1);
+          c.backward(grad);
+          const auto check = [&](Array Problem::*member, const Tensor& gradient, const char* name) {
+            const Array got = gradient.values();
+            for (size_t i = 0; i < got.size(); i += 5) {
+              Problem moved = c.p;
+              double& x = (moved.*member)[i];
+              const double at = x;
+              const double h = 1e-5 * (kind == FeatureKind::kGiven ? std::abs(at) : 1.0);
+              x = at + h;  // relative where features are far apart
+              const double up = dot(reference::attention(moved).out, grad);
+              x = at - h;
+              const double want = (up - dot(reference::attention(moved).out, grad)) / (2 * h);
+              const double unit = kind == FeatureKind::kGiven ? std::abs(at) : 1.0;
+              ASSERT_NEAR(got[i] * unit, want * unit, dtype == DType::kFloat64 ? 1e-6 : 2e-4)
+                  << "d " << name << " " << i << ", " << what;
+            }
+          };
+          check(&Problem::q, c.dq, "q");
+          check(&Problem::k, c.dk, "k");
+          check(&Problem::v, c.dv, "v");
+          check(&Problem::log_decay, c.dlog_decay, "log_decay");
+        }
+      }
+    }
+  }
+}
+
+TEST(LinearAttentionExtremes, StrongDecayKeepsTheLastKey) {
+  for (FeatureKind kind : {FeatureKind::kGiven, FeatureKind::kExp}) {
+    for (int64_t window : {0, 5}) {
+      if (kind == FeatureKind::kGiven && window > 0) continue;
+      Problem p;
+      p.kind = kind;
+      p.seqlen = 150;
+      p.window = window;
+      p = random_problem(p, true, false, 9);
+      for (size_t i = 0; i < p.log_decay.size(); ++i) {
+        if (i % 3 == 0) p.log_decay[i] = -1e4;
+      }
+      for (DType dtype : {DType::kFloat64, DType::kFloat32}) {
+        Case c(p, dtype);
+        expect_close(c.forward(), reference::attention(c.p).out, tolerance_of(dtype),
+                     describe(c.p, dtype));
+        if (dtype == DType::kFloat64) check_gradients(p, dtype, 1e-7);
+      }
+    }
+  }
+}
+
+// A mild decay for ever, and a feature that no later key refreshes: its scale must follow.
+TEST(LinearAttentionExtremes, MildDecayForLong) {
+  Problem p;
+  p.kind = FeatureKind::kGiven;
+  p.seqlen = 3000;
+  p.heads = 1;
+  p = random_problem(p, true, false, 10);
+  for (double& e : p.log_decay) e = -0.1;
+  for (int64_t s = 1; s < p.seqlen; ++s) p.k[s * p.m] = 0;
+  Case c(p, DType::kFloat32);
+  c.forward();
+  // Whole numbers near the logarithm of what is left.
+  const double left = std::log2(c.p.k[0]) - 0.1 * 2999 / std::log(2.0);
+  EXPECT_NEAR(c.final.log_scale.values()[0] + std::log2(c.final.z.values()[0]), left, 1e-3);
+  EXPECT_LT(c.final.z.values()[0], 4);
+  EXPECT_GT(c.final.z.values()[0], 0.1);
+}
+
+TEST(LinearAttention, TheFutureChangesNoBitOfThePast) {
+  for (FeatureKind kind : kKinds) {
+    for (int64_t window : {0, 5, 70}) {
+      if (kind == FeatureKind::kGiven && window > 0) continue;
+      for (DType dtype : kDTypes) {
+        for (bool decay : {false, true}) {
+          Problem p;
+          p.kind = kind;
+          p.seqlen = 140;
+          p.d = p.m = 8;
+          p.window = window;
+          p.sinks = window > 0 ? 3 : 0;
+          p.scale = 0.35;
+          p = random_problem(p, decay, false, 12);
+          for (double& e : p.log_decay) e *= 0.1;
+          Case c(p, dtype);
+          const Array want = c.forward();
+          const Array want_scale = c.row_scale.values(), want_sum = c.row_sum.values();
+          for (int64_t cut : {1, 40, 63, 64, 100}) {
+            for (double factor : {-3.0, std::numeric_limits<double>::quiet_NaN()}) {
+              Problem changed = c.p;
+              const auto change = [&](Array& x, int64_t heads, int64_t dim) {
+                for (int64_t head = 0; head < heads; ++head) {
+                  for (int64_t i = cut * dim; i < p.seqlen * dim; ++i) {
+                    double& e = x[head * p.seqlen * dim + i];
+                    e = kind == FeatureKind::kGiven ? std::abs(e * factor) : e * factor;
+                  }
+                }
+              };
+              change(changed.q, p.heads, p.d);
+              change(changed.k, p.kv_heads, p.d);
+              change(changed.v, p.kv_heads, p.dv);
+              Case other(changed, dtype);
+              const Array got = other.forward();
+              const Array scale = other.row_scale.values(), sum = other.row_sum.values();
+              for (int64_t head = 0; head < p.heads; ++head) {
+                for (int64_t t = 0; t < cut; ++t) {
+                  const int64_t row = head * p.seqlen + t;
+                  for (int64_t j = 0; j < p.dv; ++j) {
+                    ASSERT_EQ(got[row * p.dv + j], want[row * p.dv + j])
+                        << describe(c.p, dtype) << " cut " << cut << " row " << t << " factor "
+                        << factor;
+                  }
+                  ASSERT_EQ(scale[row], want_scale[row]);
+                  ASSERT_EQ(sum[row], want_sum[row]);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(LinearAttentionExtremes, SixtyFourThousandTokensInBFloat16) {
+  Problem p;
+  p.heads = 1;
+  p.seqlen = 65536;
+  p.d = p.m = p.dv = 8;
+  p.scale = 0.35;
+  p = random_problem(p, false, false, 13);
+  Case low(p, DType::kBFloat16);
+  low.forward();
+  Case truth(low.p, DType::kFloat64);
+  truth.forward();
+  expect_close(low.out.values(), truth.out.values(), 2 * unit_roundoff(DType::kBFloat16), "out");
+  const Array grad = Tensor(DType::kBFloat16, random_array(low.out.size(), 1)).values();
+  low.backward(grad);
+  truth.backward(grad);
+  const double tolerance = 4 * unit_roundoff(DType::kBFloat16);
+  expect_close(low.dq.values(), truth.dq.values(), tolerance, "dq");
+  expect_close(low.dk.values(), truth.dk.values(), tolerance, "dk");
+  expect_close(low.dv.values(), truth.dv.values(), tolerance, "dv");
+  expect_close(low.domega_k.values(), truth.domega_k.values(), tolerance, "domega_k");
+}
+
 }  // namespace
 }  // namespace dijiang::testing
