@@ -1,6 +1,7 @@
 """Drives CMake: configure, build, and install the libraries into the package. See CMakeLists.txt.
 
-Extra CMake arguments go through the environment variable CMAKE_ARGS, e.g. "-DDIJIANG_CUDA=OFF".
+Environment: CMAKE_ARGS, extra arguments for CMake (e.g. "-DDIJIANG_CUDA=OFF"); DIJIANG_BUILD_DIR,
+the build folder (default build/cp3XY).
 """
 
 import os
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parent
 
 class CMakeBuild(build_ext):
     def run(self):
-        build = ROOT / "build" / f"cp{sys.version_info.major}{sys.version_info.minor}"
+        version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        build = ROOT / os.environ.get("DIJIANG_BUILD_DIR", f"build/{version}")
         prefix = ROOT / "python" if self.inplace or self.editable_mode else Path(self.build_lib)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DDIJIANG_TESTS=OFF"]
@@ -28,7 +30,9 @@ class CMakeBuild(build_ext):
         subprocess.check_call(
             [cmake, "-S", str(ROOT), "-B", str(build), *generator, *options, *extra]
         )
-        subprocess.check_call([cmake, "--build", str(build), "-j", jobs])
+        subprocess.check_call(
+            [cmake, "--build", str(build), "--target", "python_libraries", "-j", jobs]
+        )
         subprocess.check_call(
             [cmake, "--install", str(build), "--component", "python", "--prefix", str(prefix)]
         )

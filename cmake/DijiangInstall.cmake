@@ -4,8 +4,10 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
+add_custom_target(python_libraries)
 foreach(target dijiang_ops dijiang_ops_cuda _core)
   if(TARGET ${target})
+    add_dependencies(python_libraries ${target})
     install(TARGETS ${target} LIBRARY DESTINATION dijiang COMPONENT python EXCLUDE_FROM_ALL)
   endif()
 endforeach()
