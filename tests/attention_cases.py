@@ -24,6 +24,18 @@ DECAYS = [None, "head", "token"]
 BATCH, HEADS, KV_HEADS, SEQLEN, HEADDIM, HEADDIM_V, FEATURES = 2, 4, 2, 150, 6, 5, 7
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are small: on a busy machine waiting threads cost a hundred times the work.
+
+    Active in every module that imports it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def skip_unsupported(device, dtype):
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("float64 is supported on the CPU alone")

@@ -32,28 +32,43 @@ def token_by_token(case, state, begin):
     return torch.cat(outs, 2), state
 
 
-def check_all_forms(case, dtype, device):
-    """quadratic = chunked = split = recurrent, outputs and final states."""
-    case = case.to(dtype, device)
-    oracle = case.double()
-    truth, true_final = oracle.run(reference, "_recurrent", return_state=True)
-    assert_close(oracle.run(reference), truth, torch.float64)
+def assert_same_state(got, expected, dtype):
+    for x, y in zip(true_state(got), true_state(expected), strict=True):
+        if y.numel() and y.any():
+            assert_close(x, y.detach().cpu(), dtype)
+        else:
+            assert not x.any()
+    if hasattr(got, "length"):
+        assert got.length.tolist() == expected.length.tolist()
 
+
+def check_all_forms(case, dtype, device):
+    """quadratic = chunked = split = updated token by token, outputs and final states."""
+    case = case.to(dtype, device)
+    truth = case.double().run(reference)
     chunked, final = case.run(return_state=True)
     assert chunked.dtype == dtype and final.kv.dtype == torch.promote_types(dtype, torch.float32)
     assert_close(chunked, truth, dtype)
     in_pieces, final_of_pieces = split(case, [1, 61, 62, 100])
     assert_close(in_pieces, truth, dtype)
+    assert_same_state(final_of_pieces, final, dtype)
     cut = case.q.shape[2] // 2
     _, state = case.slice(0, cut).run(return_state=True)
     updated, final_of_updates = token_by_token(case, state, cut)
     assert_close(updated, truth[:, :, cut:], dtype)
-    for got in (final, final_of_pieces, final_of_updates):
-        for x, expected in zip(true_state(got), true_state(true_final), strict=True):
-            if expected.numel() and expected.any():
-                assert_close(x, expected, dtype)
-        if not case.given:
-            assert got.length.tolist() == true_final.length.tolist()
+    assert_same_state(final_of_updates, final, dtype)
+
+
+def check_final_state(case, dtype, device):
+    """Against the state of the recurrent form."""
+    case = case.to(dtype, device)
+    _, final = case.run(return_state=True)
+    _, truth = case.double().run(reference, "_recurrent", return_state=True)
+    assert_same_state(final, truth, dtype)
+
+
+def row_of(states, n):
+    return type(states)(*(None if x is None else x[n : n + 1] for x in states))
 
 
 def check_packed(case, dtype, device):
@@ -67,14 +82,11 @@ def check_packed(case, dtype, device):
         alone, state = case.slice(begin, end).run(return_state=True)
         if end > begin:
             assert_close(packed[:, :, begin:end], alone.double().cpu(), dtype)
-        for x, expected in zip(true_state(states), true_state(state), strict=True):
-            if expected.numel() and expected.any():
-                assert_close(x[n], expected[0].cpu(), dtype)
+        assert_same_state(row_of(states, n), state, dtype)
     # Carried on: the states of the packed row are the initial states of the next.
     again = case.run(cu_seqlens=cu_seqlens, initial_state=states)
     begin, end = ends[3:5]
-    row = type(states)(*(None if x is None else x[3:4] for x in states))
-    alone = case.slice(begin, end).run(initial_state=row)
+    alone = case.slice(begin, end).run(initial_state=row_of(states, 3))
     assert_close(again[:, :, begin:end], alone.double().cpu(), dtype)
 
 
@@ -96,9 +108,7 @@ def check_padding(case, dtype, device):
         alone, state = real.run(return_state=True)
         assert_close(out[row, :, begin:end], alone[row].detach().double().cpu(), dtype)
         assert out[row, :, :begin].eq(0).all() and out[row, :, end:].eq(0).all()
-        for x, expected in zip(true_state(states), true_state(state), strict=True):
-            if expected.numel() and expected.any():
-                assert_close(x[row], expected[row].detach().cpu(), dtype)
+        assert_same_state(row_of(states, row), row_of(state, row), dtype)
         for name in "qkv":
             padding = torch.cat([named[name][row, :, :begin], named[name][row, :, end:]], 1)
             assert padding.eq(0).all()

@@ -11,6 +11,7 @@ from attention_cases import (
     LOW_DTYPES,
     assert_close,
     make_case,
+    one_thread,  # noqa: F401
     skip_unsupported,
     true_state,
 )
@@ -29,6 +30,14 @@ exact = pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_all_forms(options, decay, dtype, device):
     skip_unsupported(device, dtype)
     laws.check_all_forms(make_case("given", decay, **options), dtype, device)
+
+
+@devices
+@exact
+@decays
+def test_final_state(decay, dtype, device):
+    skip_unsupported(device, dtype)
+    laws.check_final_state(make_case("given", decay), dtype, device)
 
 
 @devices

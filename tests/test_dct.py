@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from attention_cases import DEVICES, EXACT_DTYPES, LOW_DTYPES, assert_close, error, skip_unsupported
+from attention_cases import (
+    DEVICES,
+    EXACT_DTYPES,
+    LOW_DTYPES,
+    assert_close,
+    error,
+    one_thread,  # noqa: F401
+    skip_unsupported,
+)
 from dijiang import reference
 from dijiang.ops import dct
 

@@ -10,6 +10,7 @@ from attention_cases import (
     assert_close,
     error,
     map_params,
+    one_thread,  # noqa: F401
     random_params,
     skip_unsupported,
 )

@@ -16,6 +16,7 @@ from attention_cases import (
     Case,
     assert_close,
     make_case,
+    one_thread,  # noqa: F401
     random_params,
     skip_unsupported,
     true_state,
@@ -56,6 +57,16 @@ def test_all_forms_options(options, window, sinks, dtype, device):
     skip_unsupported(device, dtype)
     case = make_case("exp", "token", window=window, sinks=sinks, **options)
     laws.check_all_forms(case, dtype, device)
+
+
+@devices
+@exact
+@decays
+@nears
+def test_final_state(window, sinks, decay, dtype, device):
+    skip_unsupported(device, dtype)
+    case = make_case("exp", decay, batch=1, seqlen=90, window=window and 16, sinks=sinks)
+    laws.check_final_state(case, dtype, device)
 
 
 @devices

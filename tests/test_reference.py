@@ -5,7 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import DECAYS, KINDS, error, make_case
+from attention_cases import (
+    DECAYS,
+    KINDS,
+    error,
+    make_case,
+    one_thread,  # noqa: F401
+)
 from dijiang import reference
 
 EXACT = 1e-12
