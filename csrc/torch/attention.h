@@ -108,7 +108,9 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
   if (a.log_decay) {
     const Tensor& d = *a.log_decay;
     check_like(d, "log_decay", a.q, acc_type(a.q), {p.batch, p.num_kv_heads, p.seqlen});
-    p.log_decay = d.const_data_ptr();
+    // Null means no decay, and an empty tensor has no data: without tokens nothing is read.
+    static const double no_token = 0;
+    p.log_decay = d.numel() ? d.const_data_ptr() : &no_token;
     p.log_decay_stride_batch = d.stride(0);
     p.log_decay_stride_head = d.stride(1);
     p.log_decay_stride_seq = d.stride(2);
