@@ -25,6 +25,7 @@ struct Chunk {
   int key_count;
   int key_skip;       // of those keys the first so many are sinks: they are not folded
   int64_t start_pos;  // of the call's first token: earlier keys lie in the given state
+  int64_t end_pos;    // behind the call's last token
   int start_token;
 };
 

@@ -55,6 +55,7 @@ __device__ inline Chunk make_chunk(const Attention& a, int64_t n, const Sequence
   c.seq = static_cast<int>(n);
   c.batch = s.batch;
   c.start_pos = s.start_pos;
+  c.end_pos = end;
   c.start_token = s.begin;
   c.query_pos = query_begin;
   c.query_token = static_cast<int>(s.begin + (query_begin - s.start_pos));

@@ -18,12 +18,14 @@ struct QueryTile {
   __device__ int64_t token(int row) const { return chunk.query_token + row0 + row; }
 };
 
-// blockIdx.x counts chunks and their tiles, blockIdx.y query heads. False: nothing to do.
+// blockIdx.x counts chunks and their tiles, blockIdx.y query heads (kv heads: head is then the
+// first of the group). False: nothing to do.
+template <bool kKvHeads = false>
 __device__ inline bool find_query_tile(const Attention& a, QueryTile& t) {
   t.index = blockIdx.x / a.row_tiles;
   t.row0 = static_cast<int>(blockIdx.x % a.row_tiles) * kRows;
   if (!find_chunk(a, t.index, t.chunk) || t.row0 >= t.chunk.query_count) return false;
-  t.head = blockIdx.y;
+  t.head = kKvHeads ? blockIdx.y * a.group : blockIdx.y;
   t.kv_head = t.head / a.group;
   t.rows = t.chunk.query_count - t.row0 < kRows ? t.chunk.query_count - t.row0 : kRows;
   return true;

@@ -79,12 +79,14 @@ struct Feature {
     const float whole = floorf(decay);
     return scale2(x * exp2f(decay - whole), whole + shift);
   }
-  // d phi / d log phi for exponents; 1, so that the gradient is that of the value, when given.
-  __device__ static float derivative(float x, float shift) {
-    return kGiven ? scale2(1.0f, shift) : exp2_scaled(x, shift);
+  // g d phi / d x of phi 2^shift: x is the natural log of phi, or phi itself when given.
+  __device__ static float backward(float g, float x, float shift) {
+    return kGiven ? scale2(g, shift) : g * exp2_scaled(x, shift);
   }
-  __device__ static float derivative(float x, float decay, float shift) {
-    return kGiven ? exp2_scaled(decay, shift) : exp2_scaled(x + decay, shift);
+  __device__ static float backward(float g, float x, float decay, float shift) {
+    if (!kGiven) return g * exp2_scaled(x + decay, shift);
+    const float whole = floorf(decay);
+    return scale2(g * exp2f(decay - whole), whole + shift);
   }
 };
 
