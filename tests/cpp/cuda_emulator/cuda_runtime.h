@@ -6,6 +6,9 @@
 #include "cuda_runtime_api.h"
 #include "emulator.h"
 
+using std::isfinite;
+using std::isnan;
+
 inline int __float_as_int(float x) {
   int bits;
   std::memcpy(&bits, &x, 4);

@@ -131,6 +131,13 @@ struct State {
 };
 
 template <class T>
+struct Gradients {
+  std::vector<T> q, k, v;
+  std::vector<float> omega_q, omega_k, weight_q, weight_k, beta_q, beta_k, log_decay;
+  std::vector<float> initial_kv, initial_z;
+};
+
+template <class T>
 struct Call {
   const oracle::Problem& p;
   Tensor<T> q, k, v, grad_out;
@@ -211,6 +218,66 @@ struct Call {
     const cudaError_t error = run(a);
     place(piece, begin, end);
     return error;
+  }
+
+  // Gradients of what `from` -> `to` computed, for tokens [begin, end); grad_to, if given, of the
+  // final state's kv and z.
+  Gradients<T> backward(int begin, int end, State<T>* from = nullptr, State<T>* to = nullptr,
+                        const std::vector<float>& grad_kv = {},
+                        const std::vector<float>& grad_z = {}) {
+    dijiang::LinearAttentionBackwardParams b;
+    b.forward = part(begin, end);
+    const int64_t count = end - begin;
+    std::vector<T> piece(size_t(p.batch) * p.heads * count * p.dim_v);
+    std::vector<float> scale(size_t(p.batch) * p.heads * count), sum(scale.size());
+    b.forward.out = piece.data();
+    b.forward.row_scale = scale.data();
+    b.forward.row_sum = sum.data();
+    if (from) b.forward.initial = from->pointers();
+    if (to) b.forward.final = to->pointers();
+    if (run(b.forward) != cudaSuccess) throw std::runtime_error("forward");
+
+    Gradients<T> g;
+    g.q.assign(size_t(p.batch) * p.heads * count * p.dim, Traits<T>::narrow(0.0));
+    g.k.assign(size_t(p.batch) * p.kv_heads * count * p.dim, Traits<T>::narrow(0.0));
+    g.v.assign(size_t(p.batch) * p.kv_heads * count * p.dim_v, Traits<T>::narrow(0.0));
+    g.omega_q.assign(omega_q.size(), NAN);
+    g.omega_k.assign(omega_k.size(), NAN);
+    g.weight_q.assign(weight_q.size(), NAN);
+    g.weight_k.assign(weight_k.size(), NAN);
+    g.beta_q.assign(beta_q.size(), NAN);
+    g.beta_k.assign(beta_k.size(), NAN);
+    g.log_decay.assign(p.decay ? size_t(p.batch) * p.kv_heads * count : 0, 0.0f);
+    const auto data = [](auto& x) -> void* { return x.empty() ? nullptr : x.data(); };
+    b.grad_out = grad_out.from(begin);
+    b.grad_q = data(g.q);
+    b.grad_k = data(g.k);
+    b.grad_v = data(g.v);
+    b.grad_fq = {data(g.omega_q), data(g.weight_q), data(g.beta_q)};
+    b.grad_fk = {data(g.omega_k), data(g.weight_k), data(g.beta_k)};
+    b.grad_log_decay = data(g.log_decay);
+    if (!grad_kv.empty()) {
+      b.grad_final_kv = grad_kv.data();
+      b.grad_final_z = grad_z.data();
+      b.final_kv = to->kv.data();
+      b.final_z = to->z.data();
+      b.final_log_scale = to->log_scale.data();
+    }
+    if (from && p.window == 0) {
+      g.initial_kv.assign(from->kv.size(), NAN);
+      g.initial_z.assign(from->z.size(), NAN);
+      b.grad_initial_kv = data(g.initial_kv);
+      b.grad_initial_z = data(g.initial_z);
+    }
+    const size_t bytes = dijiang::cuda::linear_attention_backward_workspace(b);
+    std::unique_ptr<char, decltype(&std::free)> workspace(
+        static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), &std::free);
+    std::memset(workspace.get(), 0xFF, bytes);
+    b.workspace = workspace.get();
+    if (dijiang::cuda::linear_attention_backward(b, nullptr) != cudaSuccess) {
+      throw std::runtime_error("backward");
+    }
+    return g;
   }
 
   cudaError_t update(int token, State<T>& state) {

@@ -2,6 +2,7 @@
 // tests. Sequences start empty; carried states are tested by splitting a sequence.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -42,6 +43,20 @@ struct Problem {
     if (kind == FeatureKind::kGiven) {
       for (double& e : q) e = std::fabs(e);
       for (double& e : k) e = std::fabs(e);
+    }
+    for (int b = 0; b < batch && !segments.empty(); ++b) {
+      for (int t = 0; t < seqlen; ++t) {
+        bool padding = true;
+        for (const auto& s : segments) padding &= !(s[0] == b && s[1] <= t && t < s[2]);
+        if (!padding) continue;
+        for (int h = 0; h < heads; ++h) {
+          std::fill_n(q.begin() + row(h, heads, b, t) * dim, dim, NAN);
+        }
+        for (int h = 0; h < kv_heads; ++h) {
+          std::fill_n(k.begin() + row(h, kv_heads, b, t) * dim, dim, NAN);
+          std::fill_n(v.begin() + row(h, kv_heads, b, t) * dim_v, dim_v, NAN);
+        }
+      }
     }
     draw(log_decay, decay ? int64_t{batch} * kv_heads * seqlen : 0, 0.1, false);
     for (double& e : log_decay) e = -std::fabs(e);

@@ -77,7 +77,7 @@ void check_grid() {
         p.window = window;
         p.decay = decay;
         p.sinks = window % 2 == 0 ? 3 : 0;
-        p.seqlen = window >= 64 ? 230 : 100;
+        p.seqlen = window >= 64 ? 3 * window + 10 : 75;
         SCOPED_TRACE(name(p));
         check<T>(p);
       }
