@@ -17,7 +17,12 @@ class BackwardKeys {
         groups_(queries.walk().groups), dp_(queries.walk().dp), vp_(queries.walk().vp),
         mp_(queries.walk().mp), has_far_(queries.walk().has_far),
         has_decay_(queries.walk().has_decay) {
-    queries_.allocate(scratch_, dp_, vp_, mp_);
+    // One tile a head without a window; with one, enough for three blocks where they are small.
+    const int64_t tiles = p_.window > 0 ? (p_.window + kTile - 1) / kTile : 0;
+    slots_ = tiles == 0 ? 1 : 3 * (tiles < 4 ? tiles : 4);
+    const int64_t count = slots_ * groups_;
+    tiles_ = new (scratch_.take<QueryTile<Acc>>(count)) QueryTile<Acc>[count];
+    for (int64_t i = 0; i < count; ++i) tiles_[i].allocate(scratch_, dp_, vp_, mp_);
     keys_ = scratch_.take<Acc>(kTile * dp_);
     values_ = scratch_.take<Acc>(kTile * vp_);
     dk_ = scratch_.take<Acc>(kTile * dp_);
@@ -49,6 +54,7 @@ class BackwardKeys {
     begin_ = walk.begin_token;
     end_ = walk.end_token;
     first_position_ = walk.first_position;
+    for (int64_t i = 0; i < slots_ * groups_; ++i) tiles_[i].token = -1;
     if (has_far_) {
       map_.set(p_.fk, head_, p_.scale);
       sums_.begin(workspace_.row(walk.sequence, head_, groups_), params_.grad_fk.beta != nullptr);
@@ -125,20 +131,31 @@ class BackwardKeys {
 
   // Folds the loaded queries into R; since: log2 of the decay between R's time and the tile.
   template <bool kGiven>
-  void fold_queries(int64_t token, double since) {
+  void fold_queries(const QueryTile<Acc>& queries, double since) {
     Acc shift[kTile] = {}, factor[kTile] = {};
-    for (int64_t t = 0; t < queries_.rows; ++t) {
-      const Decay<Acc> decay(since += decay_at(token + t), -queries_.scale[t]);
+    for (int64_t t = 0; t < queries.rows; ++t) {
+      const Decay<Acc> decay(since += decay_at(queries.token + t), -queries.scale[t]);
       shift[t] = decay.whole;
-      factor[t] = decay.fraction * queries_.inverse[t];
+      factor[t] = decay.fraction * queries.inverse[t];
       if (factor[t] == 0) shift[t] = static_cast<Acc>(kEmptyLogScale);
     }
-    future_.template fold<kGiven>(queries_.rows, queries_.b, shift, factor, queries_.grad,
-                                  queries_.delta);
+    future_.template fold<kGiven>(queries.rows, queries.b, shift, factor, queries.grad,
+                                  queries.delta);
   }
 
-  void load_queries(int64_t g, int64_t token, int64_t rows) {
-    queries_.load(params_, past_.map(g), batch_, head_ * groups_ + g, token, rows);
+  // A tile of one head's queries, loaded unless it still is.
+  const QueryTile<Acc>& queries(int64_t g, int64_t token, int64_t rows) {
+    int64_t slot = 0;
+    if (p_.window > 0) {
+      const int64_t position = position_of(token), w = p_.window;
+      const int64_t tiles = (w + kTile - 1) / kTile;
+      slot = (position / w * tiles + position % w / kTile) % slots_;
+    }
+    QueryTile<Acc>& tile = tiles_[slot * groups_ + g];
+    if (tile.token != token) {
+      tile.load(params_, past_.map(g), batch_, head_ * groups_ + g, token, rows);
+    }
+    return tile;
   }
 
   // --- a tile of keys --------------------------------------------------------------------------
@@ -231,8 +248,7 @@ class BackwardKeys {
           double since = skipped;
           for (int64_t t = far.begin; t < far.end; t += kTile) {
             const int64_t rows = far.end - t < kTile ? far.end - t : kTile;
-            load_queries(g, t, rows);
-            fold_queries<kGiven>(t, since);
+            fold_queries<kGiven>(queries(g, t, rows), since);
             since += decay_sum(t, t + rows);
           }
         }
@@ -264,32 +280,31 @@ class BackwardKeys {
   // Near weights of a head's queries in `tokens` for the tile's keys.
   void near_queries(int64_t g, Tokens tokens) {
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
+    constexpr Result kAssign = Result::kAssign;
     for (int64_t t0 = tokens.begin; t0 < tokens.end; t0 += kTile) {
       const int64_t rows = tokens.end - t0 < kTile ? tokens.end - t0 : kTile;
-      load_queries(g, t0, rows);
-      fill(weights_, rows * kTile, Acc(0));
-      fill(grad_weights_, rows * kTile, Acc(0));
-      gemm<kPlain, kTransposed>(rows, rows_, dp_, queries_.scaled_q, dp_, keys_, dp_, weights_,
-                                kTile);
-      gemm<kPlain, kTransposed>(rows, rows_, vp_, queries_.grad, vp_, values_, vp_, grad_weights_,
-                                kTile);
+      const QueryTile<Acc>& tile = queries(g, t0, rows);
+      gemm<kPlain, kTransposed, kAssign>(rows, rows_, dp_, tile.scaled_q, dp_, keys_, dp_,
+                                         weights_, kTile);
+      gemm<kPlain, kTransposed, kAssign>(rows, rows_, vp_, tile.grad, vp_, values_, vp_,
+                                         grad_weights_, kTile);
       const Acc factor = static_cast<Acc>(p_.scale);
       for (int64_t t = 0; t < rows; ++t) {
         const int64_t after = t0 + t - token_ + 1;
         const int64_t visible = after < rows_ ? after : rows_;
         Acc* weight = weights_ + t * kTile;
         Acc* grad = grad_weights_ + t * kTile;
-        const Vec<Acc> shift = broadcast(-queries_.scale[t]);
+        const Vec<Acc> shift = broadcast(-tile.scale[t]);
         for (int64_t s = 0; s < visible; s += kLanes<Acc>) {
-          const Vec<Acc> weighed = exp2_scaled<Acc>(load(weight + s), shift) * queries_.inverse[t];
+          const Vec<Acc> weighed = exp2_scaled<Acc>(load(weight + s), shift) * tile.inverse[t];
           store(weight + s, weighed);
-          store(grad + s, weighed * (load(grad + s) - queries_.delta[t]) * factor);
+          store(grad + s, weighed * (load(grad + s) - tile.delta[t]) * factor);
         }
         fill(weight + visible, kTile - visible, Acc(0));
         fill(grad + visible, kTile - visible, Acc(0));
       }
-      gemm<kTransposed, kPlain>(rows_, dp_, rows, grad_weights_, kTile, queries_.q, dp_, dk_, dp_);
-      gemm<kTransposed, kPlain>(rows_, vp_, rows, weights_, kTile, queries_.grad, vp_, dv_, vp_);
+      gemm<kTransposed, kPlain>(rows_, dp_, rows, grad_weights_, kTile, tile.q, dp_, dk_, dp_);
+      gemm<kTransposed, kPlain>(rows_, vp_, rows, weights_, kTile, tile.grad, vp_, dv_, vp_);
     }
   }
 
@@ -340,11 +355,11 @@ class BackwardKeys {
     // top: a whole exponent above every 2^(b - r), the tile's and R's; keys read relative to it.
     std::memcpy(top_, future_.log_scale, mp_ * sizeof(Acc));
     for (int64_t g = 0; g < groups_; ++g) {
-      load_queries(g, token_, rows_);
+      const QueryTile<Acc>& tile = queries(g, token_, rows_);
       for (int64_t t = 0; t < rows_; ++t) {
-        if (queries_.inverse[t] == 0) continue;
+        if (tile.inverse[t] == 0) continue;
         for (int64_t i = 0; i < mp_; i += L) {
-          const Vec<Acc> b = F::exponent(load(queries_.b + t * mp_ + i)) - queries_.scale[t];
+          const Vec<Acc> b = F::exponent(load(tile.b + t * mp_ + i)) - tile.scale[t];
           store(top_ + i, max(load(top_ + i), b));
         }
       }
@@ -363,10 +378,10 @@ class BackwardKeys {
 
     fill(exact_, rows_ * mp_, Acc(0));
     for (int64_t g = 0; g < groups_; ++g) {
-      load_queries(g, token_, rows_);
-      chunk_queries<kGiven>(exact);
+      const QueryTile<Acc>& tile = queries(g, token_, rows_);
+      chunk_queries<kGiven>(tile, exact);
       for (int64_t s = 0; s < rows_; ++s) {
-        if (exact[s]) exact_key<kGiven>(s);
+        if (exact[s]) exact_key<kGiven>(tile, s);
       }
     }
     // R relative to top.
@@ -388,8 +403,7 @@ class BackwardKeys {
 
     future_.decay(decay_sum(token_, token_ + rows_));
     for (int64_t g = 0; g < groups_; ++g) {
-      load_queries(g, token_, rows_);
-      fold_queries<kGiven>(token_, 0.0);
+      fold_queries<kGiven>(queries(g, token_, rows_), 0.0);
     }
   }
   double decay_between(int64_t s, int64_t t) const {
@@ -400,27 +414,26 @@ class BackwardKeys {
 
   // W and A of the loaded queries, and what keys get from them by matrix products.
   template <bool kGiven>
-  void chunk_queries(const bool* exact) {
+  void chunk_queries(const QueryTile<Acc>& tile, const bool* exact) {
     using F = FeatureOf<Acc, kGiven>;
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
+    constexpr Result kAssign = Result::kAssign;
     for (int64_t t = 0; t < rows_; ++t) {
-      const Vec<Acc> factor = broadcast(queries_.inverse[t]), r = broadcast(-queries_.scale[t]);
+      const Vec<Acc> factor = broadcast(tile.inverse[t]), r = broadcast(-tile.scale[t]);
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-        const Vec<Acc> f = F::scaled(load(queries_.b + t * mp_ + i), -load(top_ + i), r);
+        const Vec<Acc> f = F::scaled(load(tile.b + t * mp_ + i), -load(top_ + i), r);
         store(fq_ + t * mp_ + i, f * factor);
       }
-      if (queries_.inverse[t] == 0) fill(fq_ + t * mp_, mp_, Acc(0));
+      if (tile.inverse[t] == 0) fill(fq_ + t * mp_, mp_, Acc(0));
     }
-    fill(weights_, rows_ * kTile, Acc(0));
-    fill(grad_weights_, rows_ * kTile, Acc(0));
-    gemm<kPlain, kTransposed>(rows_, rows_, mp_, fq_, mp_, fk_, mp_, weights_, kTile);
-    gemm<kPlain, kTransposed>(rows_, rows_, vp_, queries_.grad, vp_, values_, vp_, grad_weights_,
-                              kTile);
+    gemm<kPlain, kTransposed, kAssign>(rows_, rows_, mp_, fq_, mp_, fk_, mp_, weights_, kTile);
+    gemm<kPlain, kTransposed, kAssign>(rows_, rows_, vp_, tile.grad, vp_, values_, vp_,
+                                       grad_weights_, kTile);
     for (int64_t t = 0; t < rows_; ++t) {
       Acc* weight = weights_ + t * kTile;
       Acc* grad = grad_weights_ + t * kTile;
       for (int64_t s = 0; s <= t; ++s) {
-        grad[s] -= queries_.delta[t];
+        grad[s] -= tile.delta[t];
         if (!has_decay_ || exact[s]) continue;  // exact_key has a decay of its own
         weight[s] *= mask_[t * kTile + s];
         grad[s] *= mask_[t * kTile + s];
@@ -429,7 +442,7 @@ class BackwardKeys {
       fill(grad + t + 1, kTile - t - 1, Acc(0));
     }
     gemm<kTransposed, kPlain>(rows_, mp_, rows_, grad_weights_, kTile, fq_, mp_, da_, mp_);
-    gemm<kTransposed, kPlain>(rows_, vp_, rows_, weights_, kTile, queries_.grad, vp_, dv_, vp_);
+    gemm<kTransposed, kPlain>(rows_, vp_, rows_, weights_, kTile, tile.grad, vp_, dv_, vp_);
   }
 
   // The mirror image of BackwardQueries::chunk_spreads, over all heads of the group.
@@ -437,14 +450,14 @@ class BackwardKeys {
     using F = FeatureOf<Acc, true>;
     const Vec<Acc> empty = broadcast(static_cast<Acc>(kEmptyLogScale / 2));
     for (int64_t g = 0; g < groups_; ++g) {
-      load_queries(g, token_, rows_);
+      const QueryTile<Acc>& tile = queries(g, token_, rows_);
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
         const Vec<Acc> top = load(top_ + i), old = load(future_.log_scale + i);
         Vec<Acc> low = old > empty ? old : top;
         for (int64_t t = 0; t < rows_; ++t) {
-          if (queries_.inverse[t] == 0) continue;
-          const Vec<Acc> e = F::exponent(load(queries_.b + t * mp_ + i));
-          low = min(low, e > empty ? e - queries_.scale[t] : top);
+          if (tile.inverse[t] == 0) continue;
+          const Vec<Acc> e = F::exponent(load(tile.b + t * mp_ + i));
+          low = min(low, e > empty ? e - tile.scale[t] : top);
         }
         if (horizontal_max<Acc>(top - low) > Acc(kLargestExponent)) return true;
       }
@@ -464,24 +477,24 @@ class BackwardKeys {
 
   // Key s and those of the loaded queries that see it, term by term: gradient into exact_, dv.
   template <bool kGiven>
-  void exact_key(int64_t s) {
+  void exact_key(const QueryTile<Acc>& tile, int64_t s) {
     using F = FeatureOf<Acc, kGiven>;
     for (int64_t t = s; t < rows_; ++t) {
-      if (queries_.inverse[t] == 0) continue;
-      const Decay<Acc> decay(decay_between(s, t), -queries_.scale[t]);
-      const Acc factor = decay.fraction * queries_.inverse[t];
+      if (tile.inverse[t] == 0) continue;
+      const Decay<Acc> decay(decay_between(s, t), -tile.scale[t]);
+      const Acc factor = decay.fraction * tile.inverse[t];
       const Vec<Acc> shift = broadcast(decay.whole);
       const Vec<Acc> grad = broadcast(grad_weights_[t * kTile + s] * factor);
       Vec<Acc> sum{};
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-        const Vec<Acc> b = load(queries_.b + t * mp_ + i);
+        const Vec<Acc> b = load(tile.b + t * mp_ + i);
         const Vec<Acc> product = F::product(b, load(a_ + s * mp_ + i), shift);
         Acc* at = exact_ + s * mp_ + i;
         store(at, load(at) + (kGiven ? F::scaled(b, shift) : product) * grad);
         sum += product;
       }
       const Acc weight = horizontal_sum<Acc>(sum) * factor;
-      for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += weight * queries_.grad[t * vp_ + j];
+      for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += weight * tile.grad[t * vp_ + j];
     }
   }
 
@@ -533,7 +546,8 @@ class BackwardKeys {
   Features<Acc> map_;
   FeatureSums<Acc> sums_;
   FarState<Acc> future_;  // kv: R, extra: rho, z: the same sum with 1, log_scale: N
-  QueryTile<Acc> queries_;
+  QueryTile<Acc>* tiles_ = nullptr;  // (slots, groups)
+  int64_t slots_ = 1;
 
   // The tile.
   int64_t token_ = 0, rows_ = 0;

@@ -89,16 +89,15 @@ class BackwardQueries {
     const int64_t sinks = walk_.sink_columns, window = walk_.window_columns;
     if (sinks + window == 0) return;
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
-    fill(weights_, rows * stride, Acc(0));
-    fill(grad_weights_, rows * stride, Acc(0));
-    gemm<kPlain, kTransposed>(rows, sinks, dp, queries_.scaled_q, dp, walk_.sink_keys, dp, weights_,
-                              stride);
-    gemm<kPlain, kTransposed>(rows, window, dp, queries_.scaled_q, dp, walk_.window_keys, dp,
-                              weights_ + sinks, stride);
-    gemm<kPlain, kTransposed>(rows, sinks, vp, queries_.grad, vp, walk_.sink_values, vp,
-                              grad_weights_, stride);
-    gemm<kPlain, kTransposed>(rows, window, vp, queries_.grad, vp, walk_.window_values, vp,
-                              grad_weights_ + sinks, stride);
+    constexpr Result kAssign = Result::kAssign;
+    gemm<kPlain, kTransposed, kAssign>(rows, sinks, dp, queries_.scaled_q, dp, walk_.sink_keys, dp,
+                                       weights_, stride);
+    gemm<kPlain, kTransposed, kAssign>(rows, window, dp, queries_.scaled_q, dp, walk_.window_keys,
+                                       dp, weights_ + sinks, stride);
+    gemm<kPlain, kTransposed, kAssign>(rows, sinks, vp, queries_.grad, vp, walk_.sink_values, vp,
+                                       grad_weights_, stride);
+    gemm<kPlain, kTransposed, kAssign>(rows, window, vp, queries_.grad, vp, walk_.window_values, vp,
+                                       grad_weights_ + sinks, stride);
     for (int64_t t = 0; t < rows; ++t) {
       Acc* weight = weights_ + t * stride;
       Acc* grad = grad_weights_ + t * stride;
@@ -182,9 +181,8 @@ class BackwardQueries {
     const bool spread = kGiven && chunk_spreads();
     Acc factor[kTile] = {};
     bool exact[kTile];
-    fill(far_, rows * kTile, Acc(0));
-    gemm<Operand::kPlain, Operand::kTransposed>(rows, rows, vp, queries_.grad, vp,
-                                                walk_.tile_values, vp, far_, kTile);
+    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
+        rows, rows, vp, queries_.grad, vp, walk_.tile_values, vp, far_, kTile);
     for (int64_t t = 0; t < rows; ++t) {
       factor[t] = std::exp2(static_cast<Acc>(walk_.decay_to(t))) * queries_.inverse[t];
       Acc* row = far_ + t * kTile;

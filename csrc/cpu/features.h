@@ -130,8 +130,8 @@ class Features {
       std::memcpy(out, x, rows * mp_ * sizeof(Acc));
       return;
     }
-    fill(out, rows * mp_, Acc(0));
-    gemm<Operand::kPlain, Operand::kPlain>(rows, mp_, d_, x, dp_, weight_, mp_, out, mp_);
+    gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, mp_, d_, x, dp_, weight_, mp_,
+                                                            out, mp_);
     for (int64_t t = 0; t < rows; ++t) {
       Acc* row = out + t * mp_;
       if (kind_ == FeatureKind::kExp) {

@@ -1,4 +1,4 @@
-// Small dense products for tiles that lie in cache: C (rows x cols) += A B with run-time sizes.
+// Small dense products for tiles that lie in cache: C (rows x cols) = or += A B, run-time sizes.
 // A is read through two strides, so that A^T is as good as A; B^T is turned a panel at a time.
 #pragma once
 
@@ -14,16 +14,16 @@ inline constexpr int kGemmRows = 6;  // 12 sums, 2 of B and 1 of A fill 16 regis
 template <typename T>
 inline constexpr int kGemmCols = 2 * kLanes<T>;
 
-// C (R x kGemmCols) += A B. A[i, p] = a[i * a_row + p * a_depth].
+// C (R x kGemmCols) = or += A B. A[i, p] = a[i * a_row + p * a_depth].
 template <int R, typename T>
-DIJIANG_INLINE void gemm_block(int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+DIJIANG_INLINE void gemm_block(bool add, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
                                const T* b, int64_t b_row, T* c, int64_t c_row) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[R][2];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
-    sum[i][0] = load(c + i * c_row);
-    sum[i][1] = load(c + i * c_row + L);
+    sum[i][0] = add ? load(c + i * c_row) : Vec<T>{};
+    sum[i][1] = add ? load(c + i * c_row + L) : Vec<T>{};
   }
   for (int64_t p = 0; p < depth; ++p) {
     const Vec<T> b0 = load(b + p * b_row), b1 = load(b + p * b_row + L);
@@ -43,28 +43,33 @@ DIJIANG_INLINE void gemm_block(int64_t depth, const T* a, int64_t a_row, int64_t
 
 // All rows of one panel of kGemmCols columns.
 template <typename T>
-inline void gemm_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
                        const T* b, int64_t b_row, T* c, int64_t c_row) {
   int64_t i = 0;
   for (; i + kGemmRows <= rows; i += kGemmRows) {
-    gemm_block<kGemmRows>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_block<kGemmRows>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
+                          c_row);
   }
   for (; i + 4 <= rows; i += 4) {
-    gemm_block<4>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_block<4>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
+                          c_row);
   }
   for (; i + 2 <= rows; i += 2) {
-    gemm_block<2>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_block<2>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
+                          c_row);
   }
   for (; i < rows; ++i) {
-    gemm_block<1>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_block<1>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
+                          c_row);
   }
 }
 
 enum class Operand { kPlain, kTransposed };
+enum class Result { kAdd, kAssign };
 
-// C (rows x cols, row stride c_row) += op(A) op(B). Plain A is (rows x depth), transposed A is
+// C (rows x cols, row stride c_row) = or += op(A) op(B). Plain A is (rows x depth), transposed A is
 // stored (depth x rows); plain B is (depth x cols), transposed B is stored (cols x depth).
-template <Operand kA, Operand kB, typename T>
+template <Operand kA, Operand kB, Result kResult = Result::kAdd, typename T>
 void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
           int64_t b_stride, T* c, int64_t c_stride) {
   constexpr int64_t kDepth = 256;  // a turned panel of B stays in the first-level cache
@@ -72,7 +77,13 @@ void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_strid
   const int64_t a_row = kA == Operand::kPlain ? a_stride : 1;
   const int64_t a_depth = kA == Operand::kPlain ? 1 : a_stride;
   alignas(64) T panel[kDepth * N];
+  if (kResult == Result::kAssign && depth == 0) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) c[i * c_stride + j] = T(0);
+    }
+  }
   for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
+    const bool add = kResult == Result::kAdd || p0 > 0;
     const int64_t dp = depth - p0 < kDepth ? depth - p0 : kDepth;
     const T* ap = a + p0 * a_depth;
     for (int64_t j = 0; j < cols; j += N) {
@@ -95,17 +106,19 @@ void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_strid
         }
       }
       if (n == N) {
-        gemm_panel(rows, dp, ap, a_row, a_depth, bp, b_row, c + j, c_stride);
+        gemm_panel(add, rows, dp, ap, a_row, a_depth, bp, b_row, c + j, c_stride);
         continue;
       }
       // Too narrow for whole vectors: through a strip of its own, a few rows at a time.
       alignas(64) T strip[kGemmRows * N];
       for (int64_t i = 0; i < rows; i += kGemmRows) {
         const int64_t r = rows - i < kGemmRows ? rows - i : kGemmRows;
-        for (int64_t x = 0; x < r * N; ++x) strip[x] = T(0);
-        gemm_panel(r, dp, ap + i * a_row, a_row, a_depth, bp, b_row, strip, int64_t{N});
+        gemm_panel(false, r, dp, ap + i * a_row, a_row, a_depth, bp, b_row, strip, int64_t{N});
         for (int64_t ii = 0; ii < r; ++ii) {
-          for (int64_t jj = 0; jj < n; ++jj) c[(i + ii) * c_stride + j + jj] += strip[ii * N + jj];
+          for (int64_t jj = 0; jj < n; ++jj) {
+            T& at = c[(i + ii) * c_stride + j + jj];
+            at = strip[ii * N + jj] + (add ? at : T(0));
+          }
         }
       }
     }

@@ -74,22 +74,19 @@ class LinearAttentionForward {
     if (walk_.near_columns() == 0) return;
     const Acc factor = static_cast<Acc>(p_.scale * kLog2E);
     for (int64_t i = 0; i < rows * dp; ++i) scaled_q_[i] = q_[i] * factor;
-    fill(near_, rows * near_stride_, Acc(0));
-    gemm<Operand::kPlain, Operand::kTransposed>(rows, walk_.sink_columns, dp, scaled_q_, dp,
-                                                walk_.sink_keys, dp, near_, near_stride_);
-    gemm<Operand::kPlain, Operand::kTransposed>(rows, walk_.window_columns, dp, scaled_q_, dp,
-                                                walk_.window_keys, dp,
-                                                near_ + walk_.sink_columns, near_stride_);
+    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
+        rows, walk_.sink_columns, dp, scaled_q_, dp, walk_.sink_keys, dp, near_, near_stride_);
+    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
+        rows, walk_.window_columns, dp, scaled_q_, dp, walk_.window_keys, dp,
+        near_ + walk_.sink_columns, near_stride_);
   }
 
   // r_t, a whole exponent above every term of row t.
   template <bool kGiven>
   void set_scale(int64_t t) {
     using F = FeatureOf<Acc, kGiven>;
-    Acc top = static_cast<Acc>(kEmptyLogScale);
     const Acc* near = near_ + t * near_stride_;
-    for (int64_t s = 0; s < walk_.visible(t); ++s) top = near[s] > top ? near[s] : top;
-    top = std::ceil(top);
+    Acc top = std::ceil(row_max(near, walk_.visible(t), static_cast<Acc>(kEmptyLogScale)));
     if (p_.normalize && p_.eps > 0) {
       const Acc eps_scale = static_cast<Acc>(std::ceil(std::log2(p_.eps)));
       top = eps_scale > top ? eps_scale : top;
@@ -119,9 +116,7 @@ class LinearAttentionForward {
         store(row + s, exp2_scaled<Acc>(load(row + s), shift));
       }
       fill(row + visible, near_stride_ - visible, Acc(0));
-      Acc sum = 0;
-      for (int64_t s = 0; s < visible; ++s) sum += row[s];
-      den_[t] = sum;
+      den_[t] = row_sum(row, visible);
     }
     if (columns == 0) return;
     multiply_visible(near_, near_stride_, walk_.sink_columns, 0, walk_.sink_values);
@@ -163,16 +158,13 @@ class LinearAttentionForward {
           store(fq_ + t * mp + i, F::scaled(load(b_ + t * mp + i), load(scale + i), -r));
         }
       }
-      fill(far_, rows * kTile, Acc(0));
-      gemm<Operand::kPlain, Operand::kTransposed>(rows, rows, mp, fq_, mp, walk_.fk, mp, far_,
-                                                  kTile);
+      gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(rows, rows, mp, fq_, mp,
+                                                                   walk_.fk, mp, far_, kTile);
       for (int64_t t = 0; t < rows; ++t) {
         Acc* row = far_ + t * kTile;
         for (int64_t s = 0; walk_.has_decay && s <= t; ++s) row[s] *= walk_.mask[t * kTile + s];
-        Acc sum = 0;
-        for (int64_t s = 0; s <= t; ++s) sum += row[s];
         fill(row + t + 1, kTile - t - 1, Acc(0));
-        den_[t] += sum;
+        den_[t] += row_sum(row, t + 1);
       }
       multiply_visible(far_, kTile, rows, 0, walk_.tile_values);
     }
@@ -209,13 +201,9 @@ class LinearAttentionForward {
     Acc* near = near_ + t * near_stride_;
     const int64_t visible = walk_.visible(t);
     // As near_scores, to the same bits: without a window the near keys are sinks.
-    fill(near, near_stride_, Acc(0));
-    gemm<Operand::kPlain, Operand::kTransposed>(1, visible, dp, scaled_q_ + t * dp, dp,
-                                                walk_.sink_keys, dp, near, near_stride_);
-    for (int64_t s = 0; s < visible; ++s) {
-      top = near[s] > top ? near[s] : top;
-    }
-    top = std::ceil(top);
+    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
+        1, visible, dp, scaled_q_ + t * dp, dp, walk_.sink_keys, dp, near, near_stride_);
+    top = std::ceil(row_max(near, visible, top));
     const Decay<Acc> state_decay(walk_.decay_to(t));
     for (int64_t s = -1; s <= t; ++s) {  // -1: the state
       const Acc decay = s < 0 ? state_decay.whole : Decay<Acc>(walk_.decay_between(s, t)).whole;

@@ -7,7 +7,7 @@ namespace dijiang::cpu::DIJIANG_ISA {
 
 template <typename Acc>
 struct QueryTile {
-  int64_t rows = 0;
+  int64_t token = -1, rows = 0;  // the first token; -1 before any
   Acc* q = nullptr;         // (rows, dp)
   Acc* scaled_q = nullptr;  // q scale log2 e
   Acc* grad = nullptr;      // (rows, vp): d out
@@ -29,8 +29,9 @@ struct QueryTile {
   }
 
   void load(const LinearAttentionBackwardParams& params, const Features<Acc>& features,
-            int64_t batch, int64_t head, int64_t token, int64_t count) {
+            int64_t batch, int64_t head, int64_t first_token, int64_t count) {
     const LinearAttentionParams& p = params.forward;
+    token = first_token;
     rows = count;
     load_tile(p.dtype, p.q, batch, head, token, rows, p.headdim, q, dp_);
     load_tile(p.dtype, params.grad_out, batch, head, token, rows, p.headdim_v, grad, vp_);

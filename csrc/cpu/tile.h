@@ -48,6 +48,24 @@ void fill(Acc* x, int64_t count, Acc value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;
 }
 
+// Sum and maximum of the first `count` numbers of a vector-padded row; the sum wants zeros after
+// them, the maximum ignores NaN and is at least `floor`.
+template <typename Acc>
+Acc row_sum(const Acc* x, int64_t count) {
+  Vec<Acc> sum{};
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) sum += load(x + i);
+  return horizontal_sum<Acc>(sum);
+}
+template <typename Acc>
+Acc row_max(const Acc* x, int64_t count, Acc floor) {
+  Vec<Acc> top = broadcast(floor);
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) top = max(top, load(x + i));
+  Acc result = horizontal_max<Acc>(top);
+  for (; i < count; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
 // Elements source[0], source[stride], ... widened.
 template <typename Acc>
 void load_row(DType dtype, const void* source, int64_t offset, int64_t stride, int64_t count,
@@ -56,7 +74,9 @@ void load_row(DType dtype, const void* source, int64_t offset, int64_t stride, i
     using T = decltype(tag);
     if constexpr (std::is_same_v<AccOf<T>, Acc>) {
       const T* p = static_cast<const T*>(source) + offset;
-      if (stride == 1) {
+      if (stride == 1 && std::is_same_v<T, Acc>) {
+        std::memcpy(out, p, count * sizeof(Acc));
+      } else if (stride == 1) {
         for (int64_t i = 0; i < count; ++i) out[i] = to_acc(p[i]);
       } else {
         for (int64_t i = 0; i < count; ++i) out[i] = to_acc(p[i * stride]);
