@@ -143,7 +143,7 @@ def test_plan_fits_the_time(speed):
     recall = passes * made.trials * sum(d + 40 for d in settings.distances)
     assert made.eval_tokens % max(settings.lengths) == 0 and made.trials >= 2
     if speed >= 300:  # a machine of two slow cores; slower ones measure the least there is
-        assert perplexity + recall + made.train_seconds <= 0.75 * 60 * settings.minutes
+        assert perplexity + recall + made.train_seconds <= 0.8 * 60 * settings.minutes
 
 
 def test_plan_grows_with_the_machine():

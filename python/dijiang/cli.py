@@ -236,7 +236,7 @@ else:
         tokens: Annotated[int, typer.Option(help="Tokens for each length.")] = 8192,
         distances: Annotated[
             str, typer.Option(help="Pass-key distances, by comma; empty: none.")
-        ] = "200,800",
+        ] = "200,400",
         trials: Annotated[int, typer.Option(help="Pass keys for each distance.")] = 10,
         as_json: Json = False,
     ):
