@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 
 # Everything is imported on first use: `import dijiang` alone loads neither torch nor the kernels.
-_MODULES = ("ops", "reference")
+_MODULES = ("data", "evaluate", "ops", "plots", "reference")
 _NAMES = {
     "AttentionKernel": "modules",
     "ConversionError": "conversion",

@@ -403,26 +403,22 @@ else:
             facts[name] = importlib.metadata.version(name) if found else "not installed"
         facts["cpu_kernels"] = "built" if (folder / "dijiang_ops.so").exists() else "not built"
         try:
-            core = importlib.import_module("dijiang._core")
-        except ImportError:
-            core = None
-        level = getattr(core, "cpu_level", None)
-        if level:
-            names = {4: "AVX-512", 3: "AVX2"}
-            facts["cpu_instructions"] = names.get(level(), "portable")
+            built = importlib.import_module("dijiang._core").build_info()
+        except ImportError as error:
+            built = {}
+            facts["core"] = f"not built: {error}"
+        if built:
+            facts["compiler"] = built["compiler"]
+            levels = {4: "AVX-512", 3: "AVX2"}
+            facts["cpu_instructions"] = levels.get(built["cpu_level"], "portable")
         cuda_built = (folder / "dijiang_ops_cuda.so").exists()
         facts["cuda_kernels"] = "built" if cuda_built else "not built: no nvcc at build time"
-        architectures = getattr(core, "cuda_architectures", None)
-        if cuda_built and architectures:
-            listed = architectures() if callable(architectures) else architectures
-            facts["cuda_architectures"] = (
-                listed if isinstance(listed, str) else ", ".join(map(str, listed))
-            )
-        if not torch.cuda.is_available():
-            facts["cuda_device"] = "none usable"
-        else:
-            facts["cuda_device"] = torch.cuda.get_device_name()
-        facts["usable"] = "cpu, cuda" if cuda_built and torch.cuda.is_available() else "cpu"
+        if cuda_built and built.get("cuda"):
+            facts["cuda_compiler"] = built["cuda"]
+            facts["cuda_architectures"] = ", ".join(built["cuda_architectures"])
+        cuda = torch.cuda.is_available()
+        facts["cuda_device"] = torch.cuda.get_device_name() if cuda else "none usable"
+        facts["usable"] = "cpu, cuda" if cuda_built and cuda else "cpu"
         return facts
 
     # ---- what the commands share ----------------------------------------------------------------
