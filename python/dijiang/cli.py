@@ -412,7 +412,9 @@ else:
             levels = {4: "AVX-512", 3: "AVX2"}
             facts["cpu_instructions"] = levels.get(built["cpu_level"], "portable")
         cuda_built = (folder / "dijiang_ops_cuda.so").exists()
-        facts["cuda_kernels"] = "built" if cuda_built else "not built: no nvcc at build time"
+        facts["cuda_kernels"] = (
+            "built" if cuda_built else "not built (no CUDA compiler, or turned off)"
+        )
         if cuda_built and built.get("cuda"):
             facts["cuda_compiler"] = built["cuda"]
             facts["cuda_architectures"] = ", ".join(built["cuda_architectures"])
