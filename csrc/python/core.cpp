@@ -86,14 +86,13 @@ py::array linear_attention(const py::array& q, const py::array& k, const py::arr
   p.seqlen = q.shape(2);
   p.headdim = p.num_features = q.shape(3);
   const auto expect = [&](const py::array& a, const char* what, const char* dimensions,
-                          std::vector<int64_t> shape) {
+                          const std::vector<int64_t>& shape) {
     if (dtype_of(a, name, what) != p.dtype) {
       throw py::type_error(std::string("linear_attention: ") + what + " must have the dtype of q");
     }
     bool fits = a.ndim() == py::ssize_t(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i) {
-      if (shape[i] < 0) shape[i] = a.shape(i);
-      fits = shape[i] == a.shape(i);
+      fits = shape[i] < 0 || shape[i] == a.shape(i);
     }
     if (fits) return;
     std::ostringstream text;
