@@ -1,7 +1,7 @@
 """`dijiang`: the command line.
 
-Standard output carries results alone (with --json: one JSON object); progress, tables' frames and
-errors go to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage or unusable input.
+Standard output carries results alone (with --json: one JSON object); progress and errors go to
+standard error. Exit codes: 0 done, 1 failed, 2 wrong usage or unusable input.
 """
 
 from __future__ import annotations

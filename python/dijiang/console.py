@@ -1,4 +1,4 @@
-"""Progress and tables in the terminal: all of it on standard error, so that --json owns the other.
+"""Progress in the terminal: all of it on standard error, so that --json owns the other.
 
 A long job is given a reporter and opens a stage in it; what it gets back is the `progress(done,
 total)` that every function of evaluate takes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 Progress = Callable[[int, int], None]
 
@@ -22,9 +22,6 @@ class Silent:
         yield lambda done, total: None
 
     def say(self, text: str) -> None:
-        pass
-
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         pass
 
 
@@ -47,16 +44,6 @@ class Terminal:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*map(str, row))
-        self.console.print(table)
-
     @contextlib.contextmanager
     def _bar(self, name: str) -> Iterator[Progress]:
         from rich.progress import (
@@ -71,7 +58,7 @@ class Terminal:
 
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
