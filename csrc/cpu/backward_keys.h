@@ -13,9 +13,15 @@ template <typename Acc>
 class BackwardKeys {
  public:
   BackwardKeys(const LinearAttentionBackwardParams& params, const BackwardQueries<Acc>& queries)
-      : params_(params), p_(params.forward), workspace_(params), past_(queries),
-        groups_(queries.walk().groups), dp_(queries.walk().dp), vp_(queries.walk().vp),
-        mp_(queries.walk().mp), has_far_(queries.walk().has_far),
+      : params_(params),
+        p_(params.forward),
+        workspace_(params),
+        past_(queries),
+        groups_(queries.walk().groups),
+        dp_(queries.walk().dp),
+        vp_(queries.walk().vp),
+        mp_(queries.walk().mp),
+        has_far_(queries.walk().has_far),
         has_decay_(queries.walk().has_decay) {
     // One tile a head without a window; with one, enough for three blocks where they are small.
     const int64_t tiles = p_.window > 0 ? (p_.window + kTile - 1) / kTile : 0;
@@ -205,7 +211,8 @@ class BackwardKeys {
         store(row + i, d);
         sum = multiply_add(d, load(a + i), sum);
       } else {
-        const Vec<Acc> d = load(row + i) * F::scaled(load(a + i), load(scale + i), broadcast(shift));
+        const Vec<Acc> d =
+            load(row + i) * F::scaled(load(a + i), load(scale + i), broadcast(shift));
         store(row + i, d);
         sum += d;
       }
@@ -284,8 +291,8 @@ class BackwardKeys {
     for (int64_t t0 = tokens.begin; t0 < tokens.end; t0 += kTile) {
       const int64_t rows = tokens.end - t0 < kTile ? tokens.end - t0 : kTile;
       const QueryTile<Acc>& tile = queries(g, t0, rows);
-      gemm<kPlain, kTransposed, kAssign>(rows, rows_, dp_, tile.scaled_q, dp_, keys_, dp_,
-                                         weights_, kTile);
+      gemm<kPlain, kTransposed, kAssign>(rows, rows_, dp_, tile.scaled_q, dp_, keys_, dp_, weights_,
+                                         kTile);
       gemm<kPlain, kTransposed, kAssign>(rows, rows_, vp_, tile.grad, vp_, values_, vp_,
                                          grad_weights_, kTile);
       const Acc factor = static_cast<Acc>(p_.scale);
@@ -323,8 +330,8 @@ class BackwardKeys {
     read_future(future_.kv, future_.extra, factor);
     for (int64_t s = 0; s < rows_; ++s) {
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-        const Vec<Acc> f = F::scaled(load(a_ + s * mp_ + i), load(future_.log_scale + i),
-                                     broadcast(shift[s]));
+        const Vec<Acc> f =
+            F::scaled(load(a_ + s * mp_ + i), load(future_.log_scale + i), broadcast(shift[s]));
         store(fk_ + s * mp_ + i, f * broadcast(factor[s]));
       }
       multiply_features<kGiven>(s, future_.log_scale, shift[s]);
@@ -527,8 +534,8 @@ class BackwardKeys {
 
   // d log_decay_r = the sum of d c_t over t >= r.
   void write_decay() {
-    Acc* grad = static_cast<Acc*>(params_.grad_log_decay) +
-                (batch_ * p_.num_kv_heads + head_) * p_.seqlen;
+    Acc* grad =
+        static_cast<Acc*>(params_.grad_log_decay) + (batch_ * p_.num_kv_heads + head_) * p_.seqlen;
     const double* decay = workspace_.decay(batch_, head_);
     double sum = 0;
     for (int64_t t = end_ - 1; t >= begin_; --t) grad[t] = static_cast<Acc>(sum += decay[t]);
@@ -545,7 +552,7 @@ class BackwardKeys {
   int64_t batch_ = 0, head_ = 0, begin_ = 0, end_ = 0, first_position_ = 0;
   Features<Acc> map_;
   FeatureSums<Acc> sums_;
-  FarState<Acc> future_;  // kv: R, extra: rho, z: the same sum with 1, log_scale: N
+  FarState<Acc> future_;             // kv: R, extra: rho, z: the same sum with 1, log_scale: N
   QueryTile<Acc>* tiles_ = nullptr;  // (slots, groups)
   int64_t slots_ = 1;
 
@@ -555,10 +562,10 @@ class BackwardKeys {
   Acc* values_ = nullptr;
   Acc* dk_ = nullptr;
   Acc* dv_ = nullptr;
-  Acc* a_ = nullptr;      // exponents
+  Acc* a_ = nullptr;  // exponents
   Acc* plain_ = nullptr;
-  Acc* fk_ = nullptr;     // 2^(a + top)
-  Acc* fq_ = nullptr;     // 2^(b - r - top) / den
+  Acc* fk_ = nullptr;  // 2^(a + top)
+  Acc* fq_ = nullptr;  // 2^(b - r - top) / den
   Acc* da_ = nullptr;
   Acc* exact_ = nullptr;  // da of the keys taken term by term, while it is summed over heads
   Acc* top_ = nullptr;
@@ -566,8 +573,8 @@ class BackwardKeys {
   Acc* chunk_rho_ = nullptr;
   Acc* weighed_ = nullptr;
   Acc* mask_ = nullptr;
-  Acc* weights_ = nullptr;       // (queries, kTile): P or A
-  Acc* grad_weights_ = nullptr;  // dS scale or W
+  Acc* weights_ = nullptr;        // (queries, kTile): P or A
+  Acc* grad_weights_ = nullptr;   // dS scale or W
   double log_decay_[kTile] = {};  // log2, of the tile's tokens
 };
 

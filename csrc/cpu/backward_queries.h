@@ -40,7 +40,8 @@ class BackwardQueries {
     walk_.begin(task, p_.initial);
     for (int64_t g = 0; g < walk_.groups; ++g) {
       maps_[g].set(p_.fq, query_head(g), p_.scale);
-      sums_[g].begin(workspace_.row(walk_.sequence, walk_.head, g), params_.grad_fq.beta != nullptr);
+      sums_[g].begin(workspace_.row(walk_.sequence, walk_.head, g),
+                     params_.grad_fq.beta != nullptr);
     }
     fill(sink_dk, p_.sinks * walk_.dp, Acc(0));
     fill(sink_dv, p_.sinks * walk_.vp, Acc(0));
@@ -166,7 +167,8 @@ class BackwardQueries {
         store(row + i, d);
         sum = multiply_add(d, load(b + i), sum);
       } else {
-        const Vec<Acc> d = load(row + i) * F::scaled(load(b + i), load(scale + i), broadcast(shift));
+        const Vec<Acc> d =
+            load(row + i) * F::scaled(load(b + i), load(scale + i), broadcast(shift));
         store(row + i, d);
         sum += d;
       }
@@ -282,9 +284,9 @@ class BackwardQueries {
   Acc* grad_weights_ = nullptr;  // dS scale
   Acc* far_ = nullptr;           // (rows, kTile): W
   Acc* weighed_grad_ = nullptr;  // (rows, vp)
-  Acc* db_ = nullptr;  // (rows, mp)
-  Acc* dq_ = nullptr;  // (rows, dp)
-  double decay_[kTile] = {};  // d c_t
+  Acc* db_ = nullptr;            // (rows, mp)
+  Acc* dq_ = nullptr;            // (rows, dp)
+  double decay_[kTile] = {};     // d c_t
 };
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

@@ -6,8 +6,8 @@
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
-// 2^(x + shift), x <= 0 and shift whole, as 2^whole fraction. fraction lies in (1/2, 1], unless shift
-// is too large to take a whole number up exactly.
+// 2^(x + shift), x <= 0 and shift whole, as 2^whole fraction. fraction lies in (1/2, 1], unless
+// shift is too large to take a whole number up exactly.
 template <typename Acc>
 struct Decay {
   Acc whole = 0;
@@ -19,6 +19,36 @@ struct Decay {
     const double lost = static_cast<double>(shift) + up - static_cast<double>(whole);
     fraction = static_cast<Acc>(std::exp2(x - up + lost));
   }
+};
+
+// 2^total, total <= 0, as a change of log_scale by a whole number and a factor, so chosen that z
+// stays near 1.
+template <typename Acc>
+class StateDecay {
+ public:
+  struct Step {
+    Acc log_scale, factor;
+  };
+  explicit StateDecay(double total)
+      : total_(total),
+        down_(std::floor(total)),
+        up_(std::ceil(total)),
+        factor_down_(static_cast<Acc>(std::exp2(total - down_))),
+        factor_up_(static_cast<Acc>(std::exp2(total - up_))) {}
+
+  Step of(Acc log_scale, Acc z) const {
+    if (log_scale <= Acc(kEmptyLogScale)) return {log_scale, Acc(1)};
+    const bool small = std::abs(z) < 1;
+    const double old = log_scale, whole = small ? down_ : up_;
+    const Acc moved = static_cast<Acc>(old + whole);
+    if (moved - old == whole) return {moved, small ? factor_down_ : factor_up_};
+    // Too large a scale to move by so little: the factor makes up for it.
+    return {moved, static_cast<Acc>(std::exp2(total_ - (moved - old)))};
+  }
+
+ private:
+  double total_, down_, up_;
+  Acc factor_down_, factor_up_;
 };
 
 // mask[t, s] = the product of the decays of tokens s+1..t, for s <= t < n; log_decay in base 2.
@@ -75,25 +105,16 @@ class FarState {
     if (extra) fill(extra, mp_, Acc(0));
   }
 
-  // S *= 2^total, total <= 0. The scale takes up a whole number near it, so chosen that z stays
-  // near 1.
+  // S *= 2^total, total <= 0.
   void decay(double total) {
     if (total == 0) return;
-    const double down = std::floor(total), up = std::ceil(total);
-    const Acc factor_down = static_cast<Acc>(std::exp2(total - down));
-    const Acc factor_up = static_cast<Acc>(std::exp2(total - up));
+    const StateDecay<Acc> decay(total);
     for (int64_t i = 0; i < mp_; ++i) {
-      if (log_scale[i] <= Acc(kEmptyLogScale)) continue;
-      const bool small = std::abs(z[i]) < 1;
-      const double old = log_scale[i], whole = small ? down : up;
-      log_scale[i] = static_cast<Acc>(old + whole);
-      Acc factor = small ? factor_down : factor_up;
-      if (log_scale[i] - old != whole) {  // too large a scale to move by so little
-        factor = static_cast<Acc>(std::exp2(total - (log_scale[i] - old)));
-      }
-      z[i] *= factor;
-      if (extra) extra[i] *= factor;
-      scale_row(kv + i * vp_, vp_, Acc(0), factor, kv + i * vp_);
+      const typename StateDecay<Acc>::Step step = decay.of(log_scale[i], z[i]);
+      log_scale[i] = step.log_scale;
+      z[i] *= step.factor;
+      if (extra) extra[i] *= step.factor;
+      scale_row(kv + i * vp_, vp_, Acc(0), step.factor, kv + i * vp_);
     }
   }
 
@@ -116,8 +137,8 @@ class FarState {
       Vec<Acc> extra_sum{};
       if (extra) extra_sum = scale_by<Acc>(load(extra + i), grown);
       for (int64_t s = 0; s < n; ++s) {
-        const Vec<Acc> f =
-            F::scaled(load(features + s * mp_ + i), broadcast(shift[s]), -scale) * broadcast(factor[s]);
+        const Vec<Acc> f = F::scaled(load(features + s * mp_ + i), broadcast(shift[s]), -scale) *
+                           broadcast(factor[s]);
         store(features_ + s * mp_ + i, f);
         sum += f;
         if (extra) extra_sum = multiply_add(f, broadcast(extras[s]), extra_sum);

@@ -56,7 +56,7 @@ struct FeatureSums {
   Acc* weight = nullptr;  // (mp)
   double beta = 0;
   bool want_beta = false;
-  int64_t pending = 0;    // rows in omega and weight
+  int64_t pending = 0;       // rows in omega and weight
   double* target = nullptr;  // omega (m, d), weight (m), beta
 
   void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim) {
@@ -106,14 +106,16 @@ class Features {
     bias_ = scratch.take<Acc>(mp_);
   }
 
-  void set(const FeatureParams& params, int64_t head, double scale) {
+  // Packing omega pays for itself over a tile of rows, not over one.
+  void set(const FeatureParams& params, int64_t head, double scale, bool pack = true) {
     scale_ = static_cast<Acc>(scale);
     if (weight_ == nullptr) return;
-    const Acc* omega = static_cast<const Acc*>(params.omega) + head * m_ * d_;
+    omega_ = static_cast<const Acc*>(params.omega) + head * m_ * d_;
     const double unit = kind_ == FeatureKind::kElu ? 1.0 : kLog2E;
-    const Acc factor = static_cast<Acc>(std::sqrt(scale) * unit);
-    for (int64_t i = 0; i < m_; ++i) {
-      for (int64_t j = 0; j < d_; ++j) weight_[j * mp_ + i] = omega[i * d_ + j] * factor;
+    factor_ = static_cast<Acc>(std::sqrt(scale) * unit);
+    packed_ = pack;
+    for (int64_t i = 0; pack && i < m_; ++i) {
+      for (int64_t j = 0; j < d_; ++j) weight_[j * mp_ + i] = omega_[i * d_ + j] * factor_;
     }
     const Acc* log_weight = static_cast<const Acc*>(params.log_weight);
     for (int64_t i = 0; i < m_; ++i) {
@@ -130,8 +132,16 @@ class Features {
       std::memcpy(out, x, rows * mp_ * sizeof(Acc));
       return;
     }
-    gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, mp_, d_, x, dp_, weight_, mp_,
-                                                            out, mp_);
+    if (packed_) {
+      gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, mp_, d_, x, dp_, weight_, mp_,
+                                                              out, mp_);
+    } else {
+      for (int64_t i = 0; i < m_; ++i) {
+        for (int64_t t = 0; t < rows; ++t) {
+          out[t * mp_ + i] = dot(x + t * dp_, omega_ + i * d_, d_) * factor_;
+        }
+      }
+    }
     for (int64_t t = 0; t < rows; ++t) {
       Acc* row = out + t * mp_;
       if (kind_ == FeatureKind::kExp) {
@@ -161,7 +171,8 @@ class Features {
   }
 
   // From db (rows x padded m), the natural gradient of the exponents, and the `plain` of the
-  // forward: adds d x to dx (rows x padded d) and the parameters' gradients to grads. Overwrites db.
+  // forward: adds d x to dx (rows x padded d) and the parameters' gradients to grads. Overwrites
+  // db.
   void backward(const Acc* x, int64_t rows, Acc* db, const Acc* plain, Acc* dx,
                 FeatureSums<Acc>& grads) const {
     constexpr int L = kLanes<Acc>;
@@ -230,10 +241,13 @@ class Features {
 
   FeatureKind kind_ = FeatureKind::kGiven;
   int64_t m_ = 0, d_ = 0, mp_ = 0, dp_ = 0;
+  const Acc* omega_ = nullptr;
+  Acc factor_ = 1;
+  bool packed_ = true;
   Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for kElu
   Acc* bias_ = nullptr;    // (padded m): log_weight log2 e
   Acc scale_ = 1;
-  Acc norm_factor_ = 0;    // beta scale log2 e
+  Acc norm_factor_ = 0;  // beta scale log2 e
 };
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

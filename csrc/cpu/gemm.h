@@ -43,24 +43,21 @@ DIJIANG_INLINE void gemm_block(bool add, int64_t depth, const T* a, int64_t a_ro
 
 // All rows of one panel of kGemmCols columns.
 template <typename T>
-inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                       const T* b, int64_t b_row, T* c, int64_t c_row) {
+inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_t a_row,
+                       int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row) {
   int64_t i = 0;
   for (; i + kGemmRows <= rows; i += kGemmRows) {
     gemm_block<kGemmRows>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
                           c_row);
   }
   for (; i + 4 <= rows; i += 4) {
-    gemm_block<4>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
-                          c_row);
+    gemm_block<4>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
   }
   for (; i + 2 <= rows; i += 2) {
-    gemm_block<2>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
-                          c_row);
+    gemm_block<2>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
   }
   for (; i < rows; ++i) {
-    gemm_block<1>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
-                          c_row);
+    gemm_block<1>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
   }
 }
 

@@ -131,12 +131,12 @@ class KeyWalk {
   Acc* fk = nullptr;        // (rows, mp): 2^(a - M')
   Acc* chunk_kv = nullptr;  // kv 2^(M - M')
   Acc* chunk_z = nullptr;
-  Acc* mask = nullptr;      // (kTile, kTile): 2^(c_t - c_s) for s <= t, if has_decay
+  Acc* mask = nullptr;  // (kTile, kTile): 2^(c_t - c_s) for s <= t, if has_decay
 
  private:
   double decay_at(int64_t t) const {
-    const int64_t i =
-        batch * p.log_decay_stride_batch + head * p.log_decay_stride_head + t * p.log_decay_stride_seq;
+    const int64_t i = batch * p.log_decay_stride_batch + head * p.log_decay_stride_head +
+                      t * p.log_decay_stride_seq;
     return static_cast<double>(static_cast<const Acc*>(p.log_decay)[i]) * kLog2E;
   }
 
@@ -252,7 +252,8 @@ class KeyWalk {
       const Vec<Acc> old = load(state.log_scale + i);
       Vec<Acc> m = old;
       for (int64_t s = 0; s < rows; ++s) m = max(m, F::exponent(load(a + s * mp + i)));
-      for (int64_t s = 0; s < rows; ++s) store(fk + s * mp + i, F::scaled(load(a + s * mp + i), -m));
+      for (int64_t s = 0; s < rows; ++s)
+        store(fk + s * mp + i, F::scaled(load(a + s * mp + i), -m));
       store(top + i, m);
       store(chunk_z + i, scale_by<Acc>(load(state.z + i), old - m));
     }
@@ -288,7 +289,8 @@ class KeyWalk {
     if (initial.kv == nullptr) return;
     const int64_t row = sequence * p.num_kv_heads + head;
     std::memcpy(state.z, static_cast<const Acc*>(initial.z) + row * m, m * sizeof(Acc));
-    std::memcpy(state.log_scale, static_cast<const Acc*>(initial.log_scale) + row * m, m * sizeof(Acc));
+    std::memcpy(state.log_scale, static_cast<const Acc*>(initial.log_scale) + row * m,
+                m * sizeof(Acc));
     for (int64_t i = 0; i < m; ++i) {
       const Acc* source = static_cast<const Acc*>(initial.kv) + (row * m + i) * dv;
       std::memcpy(state.kv + i * vp, source, dv * sizeof(Acc));

@@ -32,8 +32,8 @@ namespace {
 
 // Sums the double rows row(0), row(1), ... into one head's parameter gradients.
 template <typename Acc, typename Row>
-void sum_rows(const LinearAttentionParams& p, const FeatureGrads& grads, int64_t head, int64_t count,
-              const Row& row) {
+void sum_rows(const LinearAttentionParams& p, const FeatureGrads& grads, int64_t head,
+              int64_t count, const Row& row) {
   const int64_t m = p.num_features, md = m * p.headdim;
   const auto sum = [&](void* target, int64_t first, int64_t size) {
     if (target == nullptr) return;
@@ -56,9 +56,8 @@ void finish(const LinearAttentionBackwardParams& params) {
   if (workspace.row_size() == 0) return;
   const int64_t groups = workspace.groups();
   for (int64_t head = 0; head < p.num_heads; ++head) {
-    sum_rows<Acc>(p, params.grad_fq, head, workspace.num_seqs(), [&](int64_t n) {
-      return workspace.row(n, head / groups, head % groups);
-    });
+    sum_rows<Acc>(p, params.grad_fq, head, workspace.num_seqs(),
+                  [&](int64_t n) { return workspace.row(n, head / groups, head % groups); });
   }
   for (int64_t head = 0; head < p.num_kv_heads; ++head) {
     sum_rows<Acc>(p, params.grad_fk, head, workspace.num_seqs(),

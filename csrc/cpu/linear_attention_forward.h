@@ -15,6 +15,34 @@ bool all_finite(const Acc* x, int64_t count) {
   return horizontal_sum<Acc>(zero) == 0;
 }
 
+// out, row_scale and row_sum of one row (batch, head, token) from num and den, both times 2^-scale.
+template <typename Acc>
+void write_row(const LinearAttentionParams& p, int64_t row, Acc scale, Acc den, Acc* num,
+               int64_t padded_size) {
+  Acc row_scale = 0, row_sum = 1;
+  if (p.normalize) {
+    if (p.eps > 0) den += scale_by_one(static_cast<Acc>(p.eps), -scale);
+    const Acc inverse = den == 0 ? Acc(0) : 1 / den;
+    for (int64_t j = 0; j < padded_size; ++j) num[j] *= inverse;
+    row_sum = std::numeric_limits<Acc>::infinity();
+    if (den != 0) {
+      // den's exponent moves into the scale, unless that is too large to take it.
+      const Acc exponent = exponent_of_one(den, Acc(1)) - 1;
+      row_scale = scale + exponent;
+      const bool exact = row_scale - scale == exponent;
+      row_scale = exact ? row_scale : scale;
+      row_sum = exact ? scale_by_one(den, -exponent) : den;
+    }
+  } else {
+    for (int64_t j = 0; j < padded_size; j += kLanes<Acc>) {
+      store(num + j, scale_by<Acc>(load(num + j), broadcast(scale)));
+    }
+  }
+  if (p.row_scale) static_cast<Acc*>(p.row_scale)[row] = row_scale;
+  if (p.row_sum) static_cast<Acc*>(p.row_sum)[row] = row_sum;
+  store_row(p.dtype, p.out, row * p.headdim_v, p.headdim_v, num);
+}
+
 template <typename Acc>
 class LinearAttentionForward {
  public:
@@ -209,7 +237,8 @@ class LinearAttentionForward {
       const Acc decay = s < 0 ? state_decay.whole : Decay<Acc>(walk_.decay_between(s, t)).whole;
       Vec<Acc> largest = broadcast(static_cast<Acc>(kEmptyLogScale));
       for (int64_t i = 0; i < mp; i += L) {
-        const Vec<Acc> key = s < 0 ? load(walk_.state.log_scale + i) : F::exponent(load(walk_.a + s * mp + i));
+        const Vec<Acc> key =
+            s < 0 ? load(walk_.state.log_scale + i) : F::exponent(load(walk_.a + s * mp + i));
         largest = max(largest, F::exponent(load(b + i)) + key + decay);
       }
       const Acc far_top = horizontal_max<Acc>(largest);
@@ -253,34 +282,10 @@ class LinearAttentionForward {
   }
 
   void write_rows(int64_t g) {
-    const int64_t vp = walk_.vp;
     const int64_t first = (walk_.batch * p_.num_heads + query_head(g)) * p_.seqlen + walk_.token;
     for (int64_t t = 0; t < walk_.rows; ++t) {
-      Acc* num = num_ + t * vp;
-      Acc row_scale = 0, row_sum = 1;
-      if (p_.normalize) {
-        Acc den = den_[t];
-        if (p_.eps > 0) den += scale_by_one(static_cast<Acc>(p_.eps), -scale_[t]);
-        const Acc inverse = den == 0 ? Acc(0) : 1 / den;
-        for (int64_t j = 0; j < vp; ++j) num[j] *= inverse;
-        row_sum = std::numeric_limits<Acc>::infinity();
-        if (den != 0) {
-          // den's exponent moves into the scale, unless that is too large to take it.
-          const Acc exponent = exponent_of_one(den, Acc(1)) - 1;
-          row_scale = scale_[t] + exponent;
-          const bool exact = row_scale - scale_[t] == exponent;
-          row_scale = exact ? row_scale : scale_[t];
-          row_sum = exact ? scale_by_one(den, -exponent) : den;
-        }
-      } else {
-        for (int64_t j = 0; j < vp; j += kLanes<Acc>) {
-          store(num + j, scale_by<Acc>(load(num + j), broadcast(scale_[t])));
-        }
-      }
-      if (p_.row_scale) static_cast<Acc*>(p_.row_scale)[first + t] = row_scale;
-      if (p_.row_sum) static_cast<Acc*>(p_.row_sum)[first + t] = row_sum;
+      write_row(p_, first + t, scale_[t], den_[t], num_ + t * walk_.vp, walk_.vp);
     }
-    store_tile(p_.dtype, p_.out, first * p_.headdim_v, walk_.rows, p_.headdim_v, num_, vp);
   }
 
   const LinearAttentionParams& p_;
@@ -295,9 +300,9 @@ class LinearAttentionForward {
   Acc* far_ = nullptr;         // (rows, kTile): weights of the tile's far keys
   Acc* b_ = nullptr;           // (rows, mp): exponents
   Acc* fq_ = nullptr;
-  Acc* num_ = nullptr;         // (rows, vp)
+  Acc* num_ = nullptr;  // (rows, vp)
   Acc den_[kTile] = {};
-  Acc scale_[kTile] = {};      // r
+  Acc scale_[kTile] = {};  // r
 };
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

@@ -3,6 +3,7 @@
 
 #include "cpu/backward_keys.h"
 #include "cpu/linear_attention_forward.h"
+#include "cpu/linear_attention_update.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
@@ -22,8 +23,8 @@ void forward_tasks(const LinearAttentionParams& params, int64_t begin, int64_t e
 template <typename Acc>
 void update_tasks(const LinearAttentionParams& params, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
-  LinearAttentionForward<Acc> forward(params);
-  for (int64_t task = begin; task < end; ++task) forward.run(task, params.final, params.final);
+  LinearAttentionUpdate<Acc> update(params);
+  for (int64_t task = begin; task < end; ++task) update.run(task);
 }
 
 template <typename Acc>

@@ -8,14 +8,14 @@ namespace dijiang::cpu::DIJIANG_ISA {
 template <typename Acc>
 struct QueryTile {
   int64_t token = -1, rows = 0;  // the first token; -1 before any
-  Acc* q = nullptr;         // (rows, dp)
-  Acc* scaled_q = nullptr;  // q scale log2 e
-  Acc* grad = nullptr;      // (rows, vp): d out
-  Acc* b = nullptr;         // (rows, mp): exponents
-  Acc* plain = nullptr;     // (rows, mp): see Features::exponents
-  Acc scale[kTile] = {};    // r
-  Acc inverse[kTile] = {};  // 1 / den; 0 for a row without any weight
-  Acc delta[kTile] = {};    // d out . out
+  Acc* q = nullptr;              // (rows, dp)
+  Acc* scaled_q = nullptr;       // q scale log2 e
+  Acc* grad = nullptr;           // (rows, vp): d out
+  Acc* b = nullptr;              // (rows, mp): exponents
+  Acc* plain = nullptr;          // (rows, mp): see Features::exponents
+  Acc scale[kTile] = {};         // r
+  Acc inverse[kTile] = {};       // 1 / den; 0 for a row without any weight
+  Acc delta[kTile] = {};         // d out . out
 
   void allocate(Scratch& scratch, int64_t dp, int64_t vp, int64_t mp) {
     dp_ = dp;

@@ -66,6 +66,18 @@ Acc row_max(const Acc* x, int64_t count, Acc floor) {
   return result;
 }
 
+template <typename Acc>
+Acc dot(const Acc* x, const Acc* y, int64_t count) {
+  Vec<Acc> sums{};
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) {
+    sums = multiply_add(load(x + i), load(y + i), sums);
+  }
+  Acc sum = horizontal_sum<Acc>(sums);
+  for (; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
 // Elements source[0], source[stride], ... widened.
 template <typename Acc>
 void load_row(DType dtype, const void* source, int64_t offset, int64_t stride, int64_t count,
@@ -109,8 +121,8 @@ void load_tile(DType dtype, const ConstView& view, int64_t batch, int64_t head, 
 
 // A tile into contiguous rows of dim elements from element `offset` on.
 template <typename Acc>
-void store_tile(DType dtype, void* target, int64_t offset, int64_t rows, int64_t dim,
-                const Acc* x, int64_t x_stride) {
+void store_tile(DType dtype, void* target, int64_t offset, int64_t rows, int64_t dim, const Acc* x,
+                int64_t x_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     store_row(dtype, target, offset + i * dim, dim, x + i * x_stride);
   }

@@ -226,7 +226,8 @@ class Case {
   Problem p;
   Tensor q, k, v, omega_q, weight_q, beta_q, omega_k, weight_k, beta_k, log_decay;
   Tensor out, row_scale, row_sum;
-  Tensor dq, dk, dv, domega_q, dweight_q, dbeta_q, domega_k, dweight_k, dbeta_k, dlog_decay, dkv, dz;
+  Tensor dq, dk, dv, domega_q, dweight_q, dbeta_q, domega_k, dweight_k, dbeta_k, dlog_decay, dkv,
+      dz;
   State initial, final;
 };
 

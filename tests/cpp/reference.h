@@ -22,12 +22,12 @@ struct Problem {
   int64_t window = 0, sinks = 0;
   bool normalize = true;
   double eps = 0.0;
-  Array q, k, v;                      // (batch, heads or kv_heads, seqlen, d or dv)
-  Array omega_q, weight_q, beta_q;    // (heads, m, d), (heads, m), (heads)
-  Array omega_k, weight_k, beta_k;    // the same of kv_heads
-  Array log_decay;                    // (batch, kv_heads, seqlen)
-  Array kv, z;                        // initial state, true values (no log_scale), for window = 0
-  std::vector<int32_t> segments;      // (batch, begin, end) rows
+  Array q, k, v;                    // (batch, heads or kv_heads, seqlen, d or dv)
+  Array omega_q, weight_q, beta_q;  // (heads, m, d), (heads, m), (heads)
+  Array omega_k, weight_k, beta_k;  // the same of kv_heads
+  Array log_decay;                  // (batch, kv_heads, seqlen)
+  Array kv, z;                      // initial state, true values (no log_scale), for window = 0
+  std::vector<int32_t> segments;    // (batch, begin, end) rows
 
   int64_t groups() const { return heads / kv_heads; }
   int64_t num_seqs() const {
@@ -126,14 +126,14 @@ inline Output attention(const Problem& p) {
       const int64_t k_row = (keys.range.batch * p.kv_heads + kv_head) * p.seqlen + keys.range.begin;
       for (int64_t t = 0; t < length; ++t) {
         const double* q = &p.q[(q_row + t) * p.d];
-        const Array b =
-            p.m > 0 ? log_phi(p, q, p.omega_q, p.weight_q, p.beta_q, head) : Array();
+        const Array b = p.m > 0 ? log_phi(p, q, p.omega_q, p.weight_q, p.beta_q, head) : Array();
         Array log_w(t + 1, -std::numeric_limits<double>::infinity());
         double decay = 0;  // c_t - c_s, summed from t back: no cancellation
         for (int64_t s = t; s >= 0; --s) {
           if (is_near(p, t, s)) {
             log_w[s] = 0;
-            for (int64_t j = 0; j < p.d; ++j) log_w[s] += p.scale * q[j] * p.k[(k_row + s) * p.d + j];
+            for (int64_t j = 0; j < p.d; ++j)
+              log_w[s] += p.scale * q[j] * p.k[(k_row + s) * p.d + j];
           } else if (p.m > 0) {
             Array terms(p.m);
             for (int64_t i = 0; i < p.m; ++i) terms[i] = b[i] + keys.log_phi[s][i];

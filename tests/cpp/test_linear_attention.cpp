@@ -166,8 +166,7 @@ TEST(LinearAttentionForward, SplitAnywhereEqualsTheWhole) {
           Array got;
           State state = whole.initial;
           for (int64_t begin = 0; begin <= problem.seqlen;) {
-            const int64_t end =
-                begin < cut ? cut : std::min(begin + step, problem.seqlen);
+            const int64_t end = begin < cut ? cut : std::min(begin + step, problem.seqlen);
             Case part(slice(whole.p, begin, end), dtype);
             part.initial = state;
             paste(part.p, part.forward(), begin, problem.seqlen, got);
@@ -496,7 +495,7 @@ TEST(LinearAttention, ZeroFeatures) {
   p.seqlen = 80;
   p = random_problem(p, false, false, 6);
   for (int64_t i = 0; i < p.m; ++i) {
-    p.q[3 * p.m + i] = 0;             // a query that sees nothing
+    p.q[3 * p.m + i] = 0;                                  // a query that sees nothing
     for (int64_t s = 0; s < 2; ++s) p.k[s * p.m + i] = 0;  // and keys nobody sees
   }
   p.q[70 * p.m + 2] = p.k[69 * p.m + 1] = 0;
@@ -575,7 +574,8 @@ TEST(LinearAttentionExtremes, HugeInputsStayFinite) {
           c.backward(grad);
           for (const Tensor* x : {&c.dq, &c.dk, &c.dv, &c.domega_q, &c.domega_k, &c.dweight_q,
                                   &c.dweight_k, &c.dbeta_q, &c.dbeta_k, &c.dlog_decay}) {
-            ASSERT_TRUE(all_finite(*x)) << what << " " << (x - &c.dq) << " " << largest(x->values()) ;
+            ASSERT_TRUE(all_finite(*x))
+                << what << " " << (x - &c.dq) << " " << largest(x->values());
           }
         }
       }
