@@ -12,6 +12,32 @@
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
+// a_0 b_0 a_1 b_1 ... from the lower or the upper halves of a and b.
+template <bool kUpper, typename V, size_t... kIndex>
+DIJIANG_INLINE V interleave(V a, V b, std::index_sequence<kIndex...>) {
+  constexpr size_t L = sizeof...(kIndex);
+  return __builtin_shufflevector(a, b,
+                                 ((kUpper ? L / 2 : 0) + kIndex / 2 + (kIndex % 2 ? L : 0))...);
+}
+
+// Transposes kLanes vectors: log2(kLanes) rounds of perfect shuffles.
+template <typename Acc>
+DIJIANG_INLINE void turn_square(Vec<Acc>* v) {
+  constexpr int L = kLanes<Acc>;
+  const auto lanes = std::make_index_sequence<L>();
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Vec<Acc> w[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      w[2 * i] = interleave<false>(v[i], v[i + L / 2], lanes);
+      w[2 * i + 1] = interleave<true>(v[i], v[i + L / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) v[i] = w[i];
+  }
+}
+
 // Reads rows (lanes beyond them are zero) into tile (n x kLanes).
 template <typename T>
 DIJIANG_INLINE void load_turned(const T* const* row, int64_t rows, int64_t n, int64_t stride,
@@ -19,14 +45,22 @@ DIJIANG_INLINE void load_turned(const T* const* row, int64_t rows, int64_t n, in
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
   Acc* flat = reinterpret_cast<Acc*>(tile);
-  if (rows == L) {
-    for (int64_t j = 0; j < n; ++j) {
+  int64_t j = 0;
+  if (rows == L && stride == 1) {
+    for (; j + L <= n; j += L) {
+      Vec<Acc> square[L];
 #pragma GCC unroll 16
-      for (int lane = 0; lane < L; ++lane) flat[j * L + lane] = to_acc<T>(row[lane][j * stride]);
+      for (int lane = 0; lane < L; ++lane) {
+        alignas(64) Acc wide[L];
+        for (int i = 0; i < L; ++i) wide[i] = to_acc<T>(row[lane][j + i]);
+        square[lane] = load(wide);
+      }
+      turn_square<Acc>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) tile[j + i] = square[i];
     }
-    return;
   }
-  for (int64_t j = 0; j < n; ++j) {
+  for (; j < n; ++j) {
     for (int lane = 0; lane < L; ++lane) {
       flat[j * L + lane] = lane < rows ? to_acc<T>(row[lane][j * stride]) : Acc(0);
     }
@@ -38,8 +72,23 @@ DIJIANG_INLINE void store_turned(const Vec<AccOf<T>>* tile, int64_t rows, int64_
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
   const Acc* flat = reinterpret_cast<const Acc*>(tile);
+  int64_t j = 0;
+  if (rows == L) {
+    for (; j + L <= n; j += L) {
+      Vec<Acc> square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) square[i] = tile[j + i];
+      turn_square<Acc>(square);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L; ++lane) {
+        alignas(64) Acc wide[L];
+        store(wide, square[lane]);
+        for (int i = 0; i < L; ++i) out[lane * n + j + i] = from_acc<T>(wide[i]);
+      }
+    }
+  }
   for (int64_t lane = 0; lane < rows; ++lane) {
-    for (int64_t j = 0; j < n; ++j) out[lane * n + j] = from_acc<T>(flat[j * L + lane]);
+    for (int64_t k = j; k < n; ++k) out[lane * n + k] = from_acc<T>(flat[k * L + lane]);
   }
 }
 
