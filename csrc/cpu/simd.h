@@ -76,7 +76,7 @@ DIJIANG_INLINE V multiply_add(V a, V b, V c) {
 
 DIJIANG_INLINE Vec<float> round_even(Vec<float> x) {
 #if DIJIANG_ISA_LEVEL == 4
-  return (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  return (Vec<float>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif DIJIANG_ISA_LEVEL == 3
   return (Vec<float>)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -89,7 +89,7 @@ DIJIANG_INLINE Vec<float> round_even(Vec<float> x) {
 }
 DIJIANG_INLINE Vec<double> round_even(Vec<double> x) {
 #if DIJIANG_ISA_LEVEL == 4
-  return (Vec<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+  return (Vec<double>)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEAREST_INT);
 #elif DIJIANG_ISA_LEVEL == 3
   return (Vec<double>)_mm256_round_pd((__m256d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

@@ -191,23 +191,30 @@ TEST(LinearAttentionUpdate, TokenByTokenEqualsTheForward) {
     for (DType dtype : kDTypes) {
       Case whole(problem, dtype);
       const Array want = whole.forward();
-      Array got;
-      State state = whole.p.kv.empty() ? State(whole.p, dtype) : whole.initial;
-      for (int64_t t = 0; t < problem.seqlen; ++t) {
-        Case part(slice(whole.p, t, t + 1), dtype);
-        part.final = state;
-        const LinearAttentionParams params = part.params();
-        for (int64_t task = cpu::linear_attention_num_tasks(params) - 1; task >= 0; --task) {
-          cpu::linear_attention_update(params, task, task + 1);
+      for (int64_t prefill : {0, 11}) {
+        Array got;
+        State state = whole.p.kv.empty() ? State(whole.p, dtype) : whole.initial;
+        if (prefill > 0) {
+          Case first(slice(whole.p, 0, prefill), dtype);
+          paste(first.p, first.forward(), 0, problem.seqlen, got);
+          state = first.final;
         }
-        cpu::linear_attention_update_finish(params);
-        paste(part.p, part.out.values(), t, problem.seqlen, got);
-        state = part.final;
+        for (int64_t t = prefill; t < problem.seqlen; ++t) {
+          Case part(slice(whole.p, t, t + 1), dtype);
+          part.final = state;
+          const LinearAttentionParams params = part.params();
+          for (int64_t task = cpu::linear_attention_num_tasks(params) - 1; task >= 0; --task) {
+            cpu::linear_attention_update(params, task, task + 1);
+          }
+          cpu::linear_attention_update_finish(params);
+          paste(part.p, part.out.values(), t, problem.seqlen, got);
+          state = part.final;
+        }
+        const std::string what = describe(whole.p, dtype) + " prefill " + std::to_string(prefill);
+        expect_close(got, want, tolerance_of(dtype), what);
+        expect_states_equal(state, whole.final, tolerance_of(dtype), what);
+        if (::testing::Test::HasFatalFailure()) return;
       }
-      const std::string what = describe(whole.p, dtype);
-      expect_close(got, want, tolerance_of(dtype), what);
-      expect_states_equal(state, whole.final, tolerance_of(dtype), what);
-      if (::testing::Test::HasFatalFailure()) return;
     }
   });
 }
@@ -228,7 +235,7 @@ double dot(const Array& x, const Array& y) {
 
 // Every gradient against central differences of the definition, at up to `samples` random places
 // of each tensor. With a state the loss also holds the final state.
-void check_gradients(const Problem& problem, DType dtype, double tolerance, int samples = 12) {
+void check_gradients(const Problem& problem, DType dtype, double tolerance, int samples = 5) {
   Case c(problem, dtype);
   c.forward();
   const Array grad_out = Tensor(dtype, random_array(c.out.size(), 1)).values();
@@ -304,7 +311,7 @@ TEST(LinearAttentionBackward, EqualsFiniteDifferencesAcrossTiles) {
         const bool state = kind == FeatureKind::kGiven;
         p = random_problem(p, true, state, 5);
         for (double& e : p.log_decay) e *= 0.1;
-        check_gradients(p, DType::kFloat64, 1e-7, 6);
+        check_gradients(p, DType::kFloat64, 1e-7);
       }
     }
   }
@@ -574,8 +581,7 @@ TEST(LinearAttentionExtremes, HugeInputsStayFinite) {
           c.backward(grad);
           for (const Tensor* x : {&c.dq, &c.dk, &c.dv, &c.domega_q, &c.domega_k, &c.dweight_q,
                                   &c.dweight_k, &c.dbeta_q, &c.dbeta_k, &c.dlog_decay}) {
-            ASSERT_TRUE(all_finite(*x))
-                << what << " " << (x - &c.dq) << " " << largest(x->values());
+            ASSERT_TRUE(all_finite(*x)) << what;
           }
         }
       }
@@ -627,7 +633,7 @@ TEST(LinearAttentionExtremes, SpreadExponentsAreExact) {
           c.backward(grad);
           const auto check = [&](Array Problem::*member, const Tensor& gradient, const char* name) {
             const Array got = gradient.values();
-            for (size_t i = 0; i < got.size(); i += 5) {
+            for (size_t i = 0; i < got.size(); i += 11) {
               Problem moved = c.p;
               double& x = (moved.*member)[i];
               const double at = x;
