@@ -322,6 +322,21 @@ __global__ void __launch_bounds__(kThreads) local_states(Attention a) {
 
 // --- scan ----------------------------------------------------------------------------------------
 
+// Decay of a scaled number: whole powers of two go to its scale, the rest to the number. `rest` in
+// [0, 1) is what the number holds of it: carried along, so that many mild decays do not add up in
+// the number. All columns of a feature start with the same rest.
+struct DecayStep {
+  float whole;
+  float factor;
+};
+__device__ inline DecayStep step_decay(float decay, float& rest) {
+  const float whole = floorf(decay + rest);
+  const float next = fminf(fmaxf(decay + rest - whole, 0.0f), 1.0f);
+  const float factor = exp2f(decay - whole);
+  rest = next;
+  return {whole, factor};
+}
+
 // One thread an element of (kv | z) of a (sequence, kv head): replaces the chunks' local states by
 // the states before the chunks, and writes the final state. Column headdim_v is z, whose thread
 // also writes the maxima that all columns of a feature work out alike.
@@ -337,8 +352,9 @@ static __global__ void __launch_bounds__(kThreads) scan_states(Attention a) {
   const int64_t state = (seq * p.num_kv_heads + head) * m + i;
   const bool is_z = j == dv;
 
-  float scale = kEmpty, sum = 0.0f;
+  float scale = kEmpty, sum = 0.0f, rest = 0.0f;
   if (p.initial.kv) {
+    rest = static_cast<const float*>(p.initial.z)[state] < 1.0f ? 0.0f : 0.999f;
     scale = static_cast<const float*>(p.initial.log_scale)[state];
     sum = is_z ? static_cast<const float*>(p.initial.z)[state]
                : static_cast<const float*>(p.initial.kv)[state * dv + j];
@@ -353,9 +369,9 @@ static __global__ void __launch_bounds__(kThreads) scan_states(Attention a) {
     const int key_count = a.work.chunks[index].key_count;
     if (a.has_decay && key_count > 0) {
       const float decay = decay_between(levels_of(a, index, head), -1, key_count - 1);
-      const float whole = floorf(decay);
-      sum *= exp2f(decay - whole);
-      scale = fmaxf(scale + whole, kEmpty);
+      const DecayStep step = step_decay(decay, rest);
+      sum *= step.factor;
+      scale = fmaxf(scale + step.whole, kEmpty);
     }
     const float top = fmaxf(scale, local_scale);
     sum = scale2(sum, scale - top) + scale2(local, local_scale - top);

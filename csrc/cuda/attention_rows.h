@@ -84,7 +84,10 @@ __device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, f
   if (den == 0.0f) return {0.0f, 0.0f, INFINITY};
   int exponent;
   const float fraction = frexpf(den, &exponent);
-  return {factor / den, scale + static_cast<float>(exponent - 1), 2.0f * fraction};
+  const auto shift = static_cast<float>(exponent - 1);
+  // Beyond 2^24 the scale may not take the exponent up exactly: the sum keeps it.
+  if (scale + shift - scale != shift) return {factor / den, scale, den};
+  return {factor / den, scale + shift, 2.0f * fraction};
 }
 
 // num 2^scale without the overflow of 2^scale alone when normalize = false.

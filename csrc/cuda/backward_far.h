@@ -3,6 +3,7 @@
 // backwards in time. docs/numerics.md has the formulas; r is the forward's row_scale.
 #pragma once
 
+#include "cuda/attention_phases.h"
 #include "cuda/attention_rows.h"
 #include "cuda/backward_layout.h"
 
@@ -167,7 +168,7 @@ static __global__ void __launch_bounds__(kThreads) scan_reverse_states(Backward 
   const int64_t state = (seq * p.num_kv_heads + head) * m + i;
   const bool is_z = j == dv;
 
-  float scale = kEmpty, sum = 0.0f;
+  float scale = kEmpty, sum = 0.0f, rest = 0.0f;
   const auto* grad_kv = static_cast<const float*>(b.params.grad_final_kv);
   const auto* grad_z = static_cast<const float*>(b.params.grad_final_z);
   if (grad_kv || grad_z) {
@@ -189,9 +190,9 @@ static __global__ void __launch_bounds__(kThreads) scan_reverse_states(Backward 
     const int key_count = a.work.chunks[index].key_count;
     if (a.has_decay && key_count > 0) {
       const float decay = decay_between(levels_of(a, index, head), -1, key_count - 1);
-      const float whole = floorf(decay);
-      sum *= exp2f(decay - whole);
-      scale = fmaxf(scale + whole, kEmpty);
+      const DecayStep step = step_decay(decay, rest);
+      sum *= step.factor;
+      scale = fmaxf(scale + step.whole, kEmpty);
     }
     const float top = fmaxf(scale, local_scale);
     sum = scale2(sum, scale - top) + scale2(local, local_scale - top);

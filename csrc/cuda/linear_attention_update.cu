@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
         for (int s = tid; s < count; s += kThreads) tiles.decay[s] = 0.0f;
       }
     }
-    float whole = floorf(static_cast<float>(total));
-    float fraction = exp2f(static_cast<float>(total) - whole);
+    auto decay = static_cast<float>(total);
     int s0 = skip;
     do {  // once at least, for the decay
       const int rows = count - s0 < kFold ? count - s0 : kFold;
@@ -162,13 +161,15 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
       }
       update_features(p, p.fk, head, rows, tiles);
       for (int64_t i = tid; i < m; i += kThreads) {
+        // Rounded so that z stays near 1 under any number of mild decays.
+        const float whole = z[i] < 1.0f ? floorf(decay) : ceilf(decay);
         const float old = fmaxf(scale[i] + whole, kEmpty);
         float top = old;
         for (int r = 0; r < rows; ++r) {
           const float x = tiles.phi[r * m + i];
           top = fmaxf(top, has_decay ? F::bound(x, tiles.decay[s0 + r]) : F::bound(x));
         }
-        tiles.factor[i] = scale2(fraction, old - top);
+        tiles.factor[i] = scale2(exp2f(decay - whole), old - top);
         float sum = z[i] * tiles.factor[i];
         for (int r = 0; r < rows; ++r) {
           float& x = tiles.phi[r * m + i];
@@ -187,8 +188,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
         }
         kv[e] = sum;
       }
-      whole = 0.0f;
-      fraction = 1.0f;
+      decay = 0.0f;
       s0 += rows;
     } while (s0 < count);
   }

@@ -248,6 +248,38 @@ TEST(EmulatedForward, StrongDecay) {
   }
 }
 
+// A mild decay again and again, with keys too small to set a new maximum: nothing may pile up.
+TEST(EmulatedForward, MildDecayForEver) {
+  Problem p;
+  p.kind = FeatureKind::kGiven;
+  p.dim = 8;
+  p.dim_v = 4;
+  p.decay = true;
+  p.seqlen = 700;
+  p.fill(11, emulated::round_to<float>);
+  for (double& x : p.log_decay) x = float(-0.003);
+  for (size_t i = p.dim; i < p.k.size(); ++i) p.k[i] *= std::ldexp(1.0, -100);
+  const oracle::Result want = oracle::run(p, false);
+  Call<float> whole(p);
+  State<float> final_state(p);
+  ASSERT_EQ(whole.forward(&final_state), cudaSuccess);
+  EXPECT_LT(error(emulated::widen(whole.out), want.out), 2e-5);
+  Call<float> steps(p), calls(p);
+  State<float> updated(p), carried(p);
+  for (int t = 0; t < p.seqlen; ++t) {
+    ASSERT_EQ(steps.update(t, updated), cudaSuccess);
+    State<float> next(p);
+    ASSERT_EQ(calls.forward_part(t, t + 1, carried, next), cudaSuccess);
+    carried = next;
+  }
+  EXPECT_LT(error(emulated::widen(steps.out), want.out), 1e-4);  // 700 roundings of the state
+  EXPECT_LT(error(emulated::widen(calls.out), want.out), 1e-4);
+  for (const State<float>* state : {&final_state, &updated, &carried}) {
+    EXPECT_LT(error(state->true_kv(p.dim_v), want.kv), 1e-4);
+    for (const float x : state->z) EXPECT_LT(x, 256.0f);
+  }
+}
+
 // 2^60 and more between the features of one chunk: rows before the largest key are exact.
 TEST(EmulatedForward, ExactRows) {
   for (const bool decay : {false, true}) {
