@@ -49,10 +49,11 @@ register_autograd(
 
 
 def _linear_setup(ctx, inputs, output):
-    *tensors, ctx.normalize, ctx.eps, _ = inputs  # q, k, v, log_decay, segments, kv, z, log_scale
+    # tensors: q, k, v, log_decay, segments, kv, z, log_scale
+    *tensors, ctx.normalize, ctx.eps, return_state = inputs
     out, row_scale, row_sum, kv, z, log_scale = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_scale, row_sum, log_scale)
+    ctx.mark_non_differentiable(row_scale, row_sum, log_scale, *([] if return_state else [kv, z]))
     ctx.save_for_backward(*tensors, out, row_scale, row_sum, kv, z, log_scale)
 
 
@@ -80,12 +81,13 @@ _STATE = slice(11, 13)  # kv, z
 
 
 def _kernelized_setup(ctx, inputs, output):
-    tensors, ctx.rest = inputs[:20], inputs[20:26]  # q .. length; kind .. eps
+    tensors, ctx.rest, return_state = inputs[:20], inputs[20:26], inputs[26]
     out, row_scale, row_sum, kv, z, log_scale, *near, _length = output
     ctx.set_materialize_grads(False)
     # With a window the state is for decoding: it carries no gradient.
     window = ctx.rest[2]
-    ctx.mark_non_differentiable(row_scale, row_sum, log_scale, *near, *([kv, z] if window else []))
+    far = [kv, z] if window or not return_state else []
+    ctx.mark_non_differentiable(row_scale, row_sum, log_scale, *near, *far)
     ctx.save_for_backward(*tensors, out, row_scale, row_sum, kv, z, log_scale)
 
 
