@@ -43,14 +43,10 @@ std::string shape_text(const Sizes& sizes) {
 
 inline DType core_dtype(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
     default:
       check(false, name, " must be float32, float64, bfloat16 or float16");
       return DType::kFloat32;
