@@ -104,7 +104,11 @@ def convert(
         start = "window and sinks alone: the far keys are closed until calibrate or distill"
     model.dijiang_start = start
     if calibration is not None:
-        calibrate(model, calibration)
+        try:
+            calibrate(model, calibration)
+        except BaseException:
+            restore(model)
+            raise
     return model
 
 
@@ -287,8 +291,9 @@ def _check_convertible(model) -> None:
     elif not model._can_set_attn_implementation():
         reason = "its attention does not dispatch through transformers' AttentionInterface"
     else:
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        window = getattr(config, "sliding_window", None)
+        layer_types = getattr(config, "layer_types", None) or ()
+        kinds = set(layer_types) - {"full_attention"}
+        window = None if layer_types else getattr(config, "sliding_window", None)
         if kinds:
             reason = f"it has layers of other kinds: {', '.join(sorted(kinds))}"
         elif window and getattr(config, "use_sliding_window", True):

@@ -1,0 +1,378 @@
+"""convert and restore on tiny random models of many families, and what is refused by name."""
+
+import copy
+
+import dijiang
+import pytest
+import torch
+import transformers
+from dijiang import DiJiangConfig
+from tiny import tiny_model
+from transformers import DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+NEAR_AND_FAR = DiJiangConfig(window=8, sinks=2, gate=0.0)
+SIZES = dict(
+    vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0,
+    eos_token_id=1, pad_token_id=1,
+)  # fmt: skip
+FAMILIES = {
+    "llama": {}, "gpt_neox": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 8}, "phi": {},
+    "phi3": {"sliding_window": None}, "gpt2": {}, "gemma": {"head_dim": 8}, "olmo2": {},
+    "stablelm": {}, "starcoder2": {"sliding_window": None}, "cohere": {}, "granite": {},
+    "smollm3": {}, "mixtral": {"sliding_window": None}, "gpt_bigcode": {},
+}  # fmt: skip
+
+
+def family(name, **overrides):
+    """A tiny random model of a family; sizes go by whatever names its config has for them."""
+    config = CONFIG_MAPPING[name]()
+    for key, value in (SIZES | FAMILIES.get(name, {}) | overrides).items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, ids):
+    """Convert, the cache, one training step, restore: for every family alike."""
+    model = family(name)
+    names = set(model.state_dict())
+    teacher = logits(model, ids)
+
+    assert dijiang.convert(model, NEAR_AND_FAR) is model
+    assert dijiang.is_converted(model)
+    new = set(model.state_dict()) - names
+    assert new and all(".dijiang." in key for key in new)
+    assert names <= set(model.state_dict())
+    student = logits(model, ids)
+    assert not torch.allclose(student, teacher, rtol=0, atol=1e-6)
+    # Nothing is far yet in the first two blocks: there the model is the teacher.
+    torch.testing.assert_close(student[:, :16], teacher[:, :16], rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        out = model(input_ids=ids[:, :21])
+        assert isinstance(out.past_key_values, dijiang.DiJiangCache)
+        parts = [out.logits]
+        for t in range(21, 40):
+            out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), student, rtol=1e-4, atol=1e-5)
+
+    model.train()
+    kernels = {n: p for n, p in model.named_parameters() if ".dijiang." in n}
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in kernels.values())
+    torch.optim.SGD(kernels.values(), lr=1.0).step()
+    model.eval()
+    assert not torch.equal(logits(model, ids), student)
+
+    assert dijiang.restore(model) is model
+    assert set(model.state_dict()) == names and not dijiang.is_converted(model)
+    assert torch.equal(logits(model, ids), teacher)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DiJiangConfig(window=8, sinks=2), DiJiangConfig.paper(), DiJiangConfig.published(),
+        DiJiangConfig.window_only(8, 2), NEAR_AND_FAR.replace(decay="head"),
+        NEAR_AND_FAR.replace(decay="token"), NEAR_AND_FAR.replace(layers=[1]),
+        NEAR_AND_FAR.replace(feature_map="elu"), NEAR_AND_FAR.replace(share_qk=True),
+        NEAR_AND_FAR.replace(window=0),
+    ],
+    ids=["closed", "paper", "published", "window", "decay", "gated", "mixed", "elu", "shared",
+         "sinks"],
+)  # fmt: skip
+class TestEveryConfig:
+    def test_split_anywhere(self, config, ids):
+        model = dijiang.convert(tiny_model(), config)
+        whole = logits(model, ids)
+        with torch.no_grad():
+            for cut in (1, 16, 17, 39):
+                cache = dijiang.DiJiangCache(model.config)
+                first = model(input_ids=ids[:, :cut], past_key_values=cache).logits
+                rest = model(input_ids=ids[:, cut:], past_key_values=cache).logits
+                assert cache.get_seq_length() == 40
+                both = torch.cat([first, rest], 1)
+                torch.testing.assert_close(both, whole, rtol=1e-4, atol=1e-5)
+
+    def test_no_future(self, config, ids):
+        model = dijiang.convert(tiny_model(), config)
+        other = ids.clone()
+        other[:, 30:] = ids[:, 30:].flip(0) + 1
+        before, after = logits(model, ids), logits(model, other)
+        torch.testing.assert_close(before[:, :30], after[:, :30], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(before[:, 30:], after[:, 30:])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_changes_nothing(self, config, ids, side):
+        model = dijiang.convert(tiny_model(), config)
+        alone = logits(model, ids[:1, :27])
+        pad = torch.full((1, 13), 1)
+        short = torch.cat([pad, ids[:1, :27]] if side == "left" else [ids[:1, :27], pad], 1)
+        real = slice(13, 40) if side == "left" else slice(0, 27)
+        mask = torch.ones(2, 40, dtype=torch.long)
+        mask[0] = 0
+        mask[0, real] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = torch.cat([short, ids[1:]])
+        out = logits(model, batch, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(out[:1, real], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[1:], logits(model, ids[1:]), rtol=1e-4, atol=1e-5)
+
+    def test_packed_sequences(self, config, ids):
+        model = dijiang.convert(tiny_model(), config)
+        alone = torch.cat([logits(model, ids[:1, :17]), logits(model, ids[1:, :23])], 1)
+        packed = torch.cat([ids[:1, :17], ids[1:, :23]], 1)
+        positions = torch.cat([torch.arange(17), torch.arange(23)])[None]
+        out = logits(model, packed, position_ids=positions)
+        torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+        # The same by cu_seq_lens, as transformers' flattening collator gives them.
+        lengths = torch.tensor([0, 17, 40], dtype=torch.int32)
+        out = logits(model, packed, position_ids=positions, cu_seq_lens_q=lengths)
+        torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_batches(ids):
+    """Several rows, each of several sequences."""
+    model = dijiang.convert(tiny_model(), NEAR_AND_FAR)
+    positions = torch.stack([
+        torch.cat([torch.arange(17), torch.arange(23)]),
+        torch.cat([torch.arange(30), torch.arange(10)]),
+    ])  # fmt: skip
+    out = logits(model, ids, position_ids=positions)
+    for row, cut in ((0, 17), (1, 30)):
+        parts = [logits(model, ids[row : row + 1, :cut]), logits(model, ids[row : row + 1, cut:])]
+        torch.testing.assert_close(out[row], torch.cat(parts, 1)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(input_ids=ids, position_ids=positions, use_cache=True)
+
+
+def test_starts_as_window_and_sinks(ids):
+    model = tiny_model(initializer_range=0.3)
+    window = logits(dijiang.convert(copy.deepcopy(model), DiJiangConfig.window_only(8, 2)), ids)
+    dijiang.convert(model, DiJiangConfig(window=8, sinks=2))
+    assert "closed" in model.dijiang_start
+    torch.testing.assert_close(logits(model, ids), window, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_is_never_worse_than_the_window(ids):
+    """On the tokens it is calibrated on, a head's output is at least as near the softmax's."""
+    from dijiang.attention import kernel_mode
+
+    def errors(config, **settings):
+        model = dijiang.convert(tiny_model(initializer_range=0.3), config, **settings)
+        with kernel_mode(model, "transfer") as kernels:
+            model(input_ids=ids, use_cache=False)
+            return model, [kernel.loss.item() for kernel in kernels]
+
+    _, window = errors(DiJiangConfig.window_only(8, 2))
+    model, calibrated = errors(DiJiangConfig(window=8, sinks=2), calibration=ids)
+    assert "calibrated on 80 tokens" in model.dijiang_start
+    assert all(c <= w * (1 + 1e-4) for c, w in zip(calibrated, window, strict=True))
+    assert sum(calibrated) < 0.95 * sum(window)
+    again = dijiang.convert(tiny_model(initializer_range=0.3), DiJiangConfig(window=8, sinks=2))
+    dijiang.calibrate(again, ids, batch_size=1)  # batches add up
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter)
+
+
+def test_gate_moves_far_mass(ids):
+    """Calibrated gates follow a shift of the features' own scale."""
+    model = tiny_model(initializer_range=0.3)
+    dijiang.convert(model, DiJiangConfig(window=8, sinks=2), calibration=ids)
+    kernel = model.model.layers[0].self_attn.dijiang
+    before = kernel.gate.clone()
+    with torch.no_grad():
+        kernel.features_q.log_weight += 3.0
+    dijiang.calibrate(model, ids)
+    torch.testing.assert_close(kernel.gate, before - 3.0, rtol=0, atol=1e-3)
+
+
+def test_softmax_mode_is_the_teacher(ids):
+    model = tiny_model()
+    teacher = logits(model, ids)
+    dijiang.convert(model, NEAR_AND_FAR)
+    with dijiang.softmax_mode(model):
+        assert torch.equal(logits(model, ids), teacher)
+        cache = model(input_ids=ids).past_key_values
+        assert isinstance(cache, DynamicCache) and not isinstance(cache, dijiang.DiJiangCache)
+    assert not torch.equal(logits(model, ids), teacher)
+
+
+def test_copies_are_independent(ids):
+    model = dijiang.convert(tiny_model(), NEAR_AND_FAR)
+    student = logits(model, ids)
+    other = copy.deepcopy(model)
+    dijiang.restore(model)
+    assert torch.equal(logits(other, ids), student)
+    assert other.generate(ids, max_new_tokens=3).shape == (2, 43)
+
+
+def test_mixed_layers_keep_softmax(ids):
+    model = tiny_model()
+    first = model.model.layers[0]
+    dijiang.convert(model, NEAR_AND_FAR.replace(layers=[1]))
+    assert not hasattr(first.self_attn, "dijiang")
+    cache = model(input_ids=ids).past_key_values
+    assert cache.layers[0].keys.shape[2] == 40 and cache.layers[1].keys is None
+
+
+def test_gradient_checkpointing(ids):
+    model = dijiang.convert(tiny_model(), NEAR_AND_FAR).train()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(ids, dtype):
+    model = dijiang.convert(tiny_model().to(dtype), NEAR_AND_FAR)
+    kernel = model.model.layers[0].self_attn.dijiang
+    assert kernel.features_q.matrix.dtype == torch.float32
+    out = logits(model, ids)
+    exact = logits(dijiang.convert(tiny_model(), NEAR_AND_FAR), ids)
+    assert out.dtype == dtype and (out.float() - exact).abs().max() < 0.02
+
+
+class TestRefusals:
+    def refuses(self, model, says, config=None):
+        names = set(model.state_dict()) if hasattr(model, "state_dict") else None
+        with pytest.raises(dijiang.ConversionError, match=says):
+            dijiang.convert(model, config)
+        if names is not None:
+            assert set(model.state_dict()) == names and not dijiang.is_converted(model)
+
+    @pytest.mark.parametrize("name", ["falcon", "bloom", "gptj", "mpt", "codegen"])
+    def test_no_dispatch(self, name):
+        overrides = {"rotary_dim": 4} if name in ("gptj", "codegen") else {}
+        self.refuses(family(name, **overrides), "ForCausalLM.*AttentionInterface")
+
+    def test_sliding_window(self):
+        self.refuses(family("mistral", sliding_window=16), "sliding window of 16 tokens")
+
+    @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "exaone4"])
+    def test_layers_of_other_kinds(self, name):
+        self.refuses(family(name, layer_types=["full_attention", "sliding_attention"]), "sliding")
+
+    def test_soft_capping(self):
+        model = family("gemma2", layer_types=["full_attention"] * 2)
+        self.refuses(model, r"Gemma2ForCausalLM.*soft-capped scores \(softcap=50")
+
+    def test_sinks_of_its_own(self):
+        model = family("gpt_oss", layer_types=["full_attention"] * 2)
+        self.refuses(model, "GptOss.*sinks of its own")
+
+    def test_mask_of_its_own(self):
+        self.refuses(family("doge"), "DogeForCausalLM.*mask that is not causal")
+
+    def test_attends_to_later_tokens(self):
+        self.refuses(family("bert"), "BertLMHeadModel.*later tokens")
+
+    def test_two_attentions_a_layer(self):
+        self.refuses(family("diffllama"), "DiffLlamaForCausalLM.*second call")
+
+    def test_encoder_and_decoder(self):
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8)
+        )
+        self.refuses(model, "T5ForConditionalGeneration.*encoder")
+
+    def test_more_than_softmax(self, monkeypatch):
+        """An attention that does more, without saying so in a keyword argument."""
+        from transformers.models.llama import modeling_llama
+
+        def biased(module, query, key, value, mask, scaling=None, **kwargs):
+            out, weights = modeling_llama.eager_attention_forward(
+                module, query, key, value, mask, scaling=scaling, **kwargs
+            )
+            return 2 * out, weights
+
+        transformers.AttentionInterface.register("biased", biased)
+        transformers.AttentionMaskInterface.register(
+            "biased", transformers.masking_utils.eager_mask
+        )
+        model = tiny_model()
+        model.set_attn_implementation("biased")
+        self.refuses(model, "LlamaForCausalLM.*more than")
+        assert model.config._attn_implementation == "biased"
+
+    def test_no_language_model(self):
+        self.refuses(torch.nn.Linear(2, 2), "got Linear")
+        self.refuses(tiny_model().model, "got LlamaModel")
+
+    def test_twice(self):
+        model = dijiang.convert(tiny_model(), NEAR_AND_FAR)
+        with pytest.raises(dijiang.ConversionError, match=r"converted already.*restore"):
+            dijiang.convert(model)
+        dijiang.restore(model)
+        with pytest.raises(ValueError, match="not converted"):
+            dijiang.restore(model)
+
+    def test_layers_it_does_not_have(self):
+        config = NEAR_AND_FAR.replace(layers=[0, 5])
+        self.refuses(tiny_model(), "layer 5, but the model's last is 1", config)
+
+    def test_not_a_config(self):
+        with pytest.raises(TypeError, match="DiJiangConfig, got dict"):
+            dijiang.convert(tiny_model(), {"window": 8})
+
+    def test_calibration_without_far_keys(self, ids):
+        model = dijiang.convert(tiny_model(), DiJiangConfig(window=64))
+        with pytest.raises(ValueError, match="no far keys"):
+            dijiang.calibrate(model, ids)
+        with pytest.raises(TypeError, match="token ids"):
+            dijiang.calibrate(model, torch.randn(2, 40))
+
+    def test_failed_calibration_names_the_cause_and_leaves_a_whole_model(self, ids):
+        model = tiny_model()
+        teacher = logits(model, ids)
+        with pytest.raises(ValueError, match="no far keys"):
+            dijiang.convert(model, DiJiangConfig(window=64), calibration=ids)
+        assert not dijiang.is_converted(model)
+        assert torch.equal(logits(model, ids), teacher)
+
+    @pytest.mark.parametrize(
+        ("kwargs", "error", "says"),
+        [
+            ({"past_key_values": DynamicCache()}, TypeError, "must be a DiJiangCache"),
+            (
+                {"attention_mask": torch.ones(2, 1, 40, 40)},
+                NotImplementedError,
+                r"\(batch, context",
+            ),
+            ({"output_attentions": True}, NotImplementedError, "attention weights"),
+        ],
+        ids=["cache", "mask", "weights"],
+    )
+    def test_forward(self, ids, kwargs, error, says):
+        model = dijiang.convert(tiny_model(), NEAR_AND_FAR)
+        with pytest.raises(error, match=says):
+            model(input_ids=ids, **kwargs)
+
+    def test_holes_in_a_mask(self, ids):
+        model = dijiang.convert(tiny_model(), NEAR_AND_FAR)
+        mask = torch.ones_like(ids)
+        mask[1, 7] = 0
+        with pytest.raises(ValueError, match="hole in row 1"):
+            model(input_ids=ids, attention_mask=mask)
