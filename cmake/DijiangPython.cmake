@@ -9,7 +9,7 @@ if(NOT pybind11_FOUND)
   message(STATUS "dijiang: no _core module (${Python_EXECUTABLE} has no pybind11)")
   return()
 endif()
-pybind11_add_module(_core MODULE ${python_sources})
+pybind11_add_module(_core MODULE NO_EXTRAS ${python_sources})  # without slow link-time optimisation
 target_include_directories(_core PRIVATE csrc)
 target_link_libraries(_core PRIVATE dijiang_core)
 target_compile_options(_core PRIVATE -Wall -Wextra)
