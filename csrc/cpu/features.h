@@ -162,8 +162,10 @@ class Features {
         finish_row(logits, row, Vec<Acc>{});
       } else {
         if (plain) std::memcpy(plain + t * mp_, row, mp_ * sizeof(Acc));
-        for (int64_t i = 0; i < m_; ++i) {
-          row[i] = (row[i] < 0 ? row[i] : std::log1p(row[i])) * static_cast<Acc>(kLog2E);
+        for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+          const Vec<Acc> u = load(row + i), positive = max(u, Vec<Acc>{});
+          const Vec<Acc> large = min(positive, broadcast(std::numeric_limits<Acc>::max()));
+          store(row + i, u < 0 ? u * Acc(kLog2E) : log2_of<Acc>(large + Acc(1)));
         }
         finish_row(row, row, Vec<Acc>{});
       }
@@ -198,7 +200,11 @@ class Features {
         const Acc factor = -2 * norm_factor_ / static_cast<Acc>(kLog2E) * sum;
         for (int64_t j = 0; j < dp_; ++j) dx[t * dp_ + j] += factor * x[t * dp_ + j];
       } else if (kind_ == FeatureKind::kSoftmax) {
-        for (int64_t i = 0; i < m_; ++i) row[i] -= exp2_scaled_one(u[i], Acc(0)) * sum;
+        for (int64_t i = 0; i < mp_; i += L) {
+          const Vec<Acc> softmax = exp2_scaled<Acc>(load(u + i), Vec<Acc>{});
+          store(row + i, load(row + i) - softmax * sum);
+        }
+        for (int64_t i = m_; i < mp_; ++i) row[i] = 0;
       } else {
         for (int64_t i = 0; i < m_; ++i) row[i] /= u[i] > 0 ? 1 + u[i] : Acc(1);
       }
@@ -228,14 +234,14 @@ class Features {
   }
 
   Acc log_sum_exp(const Acc* u) const {
-    Acc top = u[0];
-    for (int64_t i = 1; i < m_; ++i) top = u[i] > top ? u[i] : top;
-    Acc sum = 0;
-    for (int64_t i = 0; i < m_; i += kLanes<Acc>) {
-      Acc lanes[kLanes<Acc>];
-      store(lanes, exp2_scaled<Acc>(load(u + i) - top, Vec<Acc>{}));
-      for (int64_t j = 0; j < kLanes<Acc> && i + j < m_; ++j) sum += lanes[j];
+    const Acc top = row_max(u, m_, std::numeric_limits<Acc>::lowest());
+    Vec<Acc> sums{};
+    int64_t i = 0;
+    for (; i + kLanes<Acc> <= m_; i += kLanes<Acc>) {
+      sums += exp2_scaled<Acc>(load(u + i) - top, Vec<Acc>{});
     }
+    Acc sum = horizontal_sum<Acc>(sums);
+    for (; i < m_; ++i) sum += exp2_scaled_one(u[i] - top, Acc(0));
     return top + std::log2(sum);
   }
 

@@ -201,6 +201,23 @@ DIJIANG_INLINE Vec<T> ceil_of(Vec<T> x) {
   return r < x ? r + T(1) : r;
 }
 
+// log2 of a normal x > 0, to half a unit of 1; NaN stays NaN.
+template <typename T>
+DIJIANG_INLINE Vec<T> log2_of(Vec<T> x) {
+  // x = 2^e m, m in [sqrt(1/2), sqrt(2)), log2 m = 2 log2(e) atanh(s), s = (m - 1) / (m + 1).
+  Vec<T> e = exponent_of<T>(x, T(0));
+  Vec<T> m = scale_by<T>(x, -e);
+  const auto low = m < T(0.70710678118654752);
+  m = low ? m + m : m;
+  e = low ? e - T(1) : e;
+  const Vec<T> s = (m - T(1)) / (m + T(1)), s2 = s * s;
+  Vec<T> p{};
+  for (int k = sizeof(T) == 4 ? 9 : 21; k > 0; k -= 2) {
+    p = multiply_add(p, s2, broadcast(T(2.8853900817779268) / T(k)));
+  }
+  return multiply_add(p, s, e);
+}
+
 // One number at a time, by the same code.
 template <typename T>
 DIJIANG_INLINE T exp2_scaled_one(T x, T shift) {
