@@ -341,6 +341,44 @@ TEST(LinearAttentionBackward, LowPrecisionIsCloseToFloat64) {
   });
 }
 
+// Gradients of the tokens after a cut, the state before it being given: those of the whole sequence
+// when only the outputs after the cut have a gradient.
+TEST(LinearAttentionBackward, FromACarriedState) {
+  for_each_problem([](const Problem& problem) {
+    if (problem.seqlen != 29) return;
+    Case whole(problem, DType::kFloat64);
+    whole.forward();
+    for (int64_t cut : {2, 8, 11, 17}) {
+      Array grad = random_array(whole.out.size(), 1);
+      for (size_t i = 0; i < grad.size(); ++i) {
+        if (static_cast<int64_t>(i) / problem.dv % problem.seqlen < cut) grad[i] = 0;
+      }
+      whole.backward(grad);
+      Case first(slice(whole.p, 0, cut), DType::kFloat64);
+      first.initial = whole.initial;
+      first.forward();
+      Case second(slice(whole.p, cut, problem.seqlen), DType::kFloat64);
+      second.initial = first.final;
+      second.forward();
+      const auto after = [&](const Array& x, int64_t dim) {
+        Array y;
+        for (size_t i = 0; i < x.size(); ++i) {
+          if (static_cast<int64_t>(i) / dim % problem.seqlen >= cut) y.push_back(x[i]);
+        }
+        return y;
+      };
+      second.backward(after(grad, problem.dv));
+      const std::string what = describe(whole.p, whole.dtype) + " cut " + std::to_string(cut);
+      expect_close(second.dq.values(), after(whole.dq.values(), whole.p.d), 1e-11, what + " dq");
+      expect_close(second.dk.values(), after(whole.dk.values(), whole.p.d), 1e-11, what + " dk");
+      expect_close(second.dv.values(), after(whole.dv.values(), whole.p.dv), 1e-11, what + " dv");
+      expect_close(second.dlog_decay.values(), after(whole.dlog_decay.values(), 1), 1e-11,
+                   what + " dlog_decay");
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  });
+}
+
 TEST(LinearAttention, SegmentsAreSequencesOfTheirOwn) {
   for (FeatureKind kind : kKinds) {
     for (int64_t window : {0, 5}) {
@@ -445,7 +483,7 @@ TEST(LinearAttention, EpsilonAndNoFarTerm) {
         p.window = window;
         p.sinks = 2;
         p.eps = eps;
-        p = random_problem(p, features > 0, false, 2);
+        p = random_problem(p, true, false, 2);
         Case c(p, DType::kFloat64);
         expect_close(c.forward(), reference::attention(c.p).out, 1e-12, describe(c.p, c.dtype));
         check_gradients(p, DType::kFloat64, 1e-7);
@@ -468,6 +506,21 @@ TEST(LinearAttention, RowStatisticsAreTheDenominator) {
     EXPECT_GE(sum[i], 1.0);
     EXPECT_LT(sum[i], 2.0);
     EXPECT_NEAR((scale[i] + std::log2(sum[i])) * std::log(2.0), want[i], 1e-12);
+  }
+}
+
+TEST(LinearAttention, WhatIsNotWantedIsNotWritten) {
+  for (int64_t window : {0, 4}) {
+    Problem p;
+    p.seqlen = 30;
+    p.window = window;
+    Case c(random_problem(p, true), DType::kFloat32);
+    const Array want = c.forward();
+    LinearAttentionParams params = c.params();
+    params.final = {};
+    params.row_scale = params.row_sum = nullptr;
+    cpu::linear_attention_forward(params, 0, cpu::linear_attention_num_tasks(params));
+    EXPECT_EQ(c.out.values(), want);
   }
 }
 
