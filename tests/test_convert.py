@@ -174,32 +174,51 @@ def test_calibration_is_never_worse_than_the_window(ids):
     """On the tokens it is calibrated on, a head's output is at least as near the softmax's."""
     from dijiang.attention import kernel_mode
 
-    def errors(config, **settings):
-        model = dijiang.convert(tiny_model(initializer_range=0.3), config, **settings)
+    def errors(model):
         with kernel_mode(model, "transfer") as kernels:
             model(input_ids=ids, use_cache=False)
-            return model, [kernel.loss.item() for kernel in kernels]
+            return [kernel.loss.item() for kernel in kernels]
 
-    _, window = errors(DiJiangConfig.window_only(8, 2))
-    model, calibrated = errors(DiJiangConfig(window=8, sinks=2), calibration=ids)
+    window = errors(
+        dijiang.convert(tiny_model(initializer_range=0.3), DiJiangConfig.window_only(8, 2))
+    )
+    model = dijiang.convert(tiny_model(initializer_range=0.3), DiJiangConfig(window=8, sinks=2))
+    dijiang.calibrate(model, ids, choose=False)
     assert "calibrated on 80 tokens" in model.dijiang_start
+    calibrated = errors(model)
     assert all(c <= w * (1 + 1e-4) for c, w in zip(calibrated, window, strict=True))
     assert sum(calibrated) < 0.95 * sum(window)
     again = dijiang.convert(tiny_model(initializer_range=0.3), DiJiangConfig(window=8, sinks=2))
-    dijiang.calibrate(again, ids, batch_size=1)  # batches add up
+    dijiang.calibrate(again, ids, batch_size=1, choose=False)  # batches add up
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter)
+
+
+def test_calibrated_model_is_never_worse_than_the_window(ids):
+    """By its loss on those tokens, whatever the heads' errors add up to."""
+
+    def loss(model):
+        return torch.nn.functional.cross_entropy(
+            logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ).item()
+
+    for seed in range(3):
+        model = tiny_model(seed, initializer_range=0.3)
+        window = loss(dijiang.convert(copy.deepcopy(model), DiJiangConfig.window_only(8, 2)))
+        dijiang.convert(model, DiJiangConfig(window=8, sinks=2), calibration=ids)
+        assert loss(model) <= window + 1e-4
 
 
 def test_gate_moves_far_mass(ids):
     """Calibrated gates follow a shift of the features' own scale."""
     model = tiny_model(initializer_range=0.3)
-    dijiang.convert(model, DiJiangConfig(window=8, sinks=2), calibration=ids)
+    dijiang.convert(model, DiJiangConfig(window=8, sinks=2))
+    dijiang.calibrate(model, ids, choose=False)
     kernel = model.model.layers[0].self_attn.dijiang
     before = kernel.gate.clone()
     with torch.no_grad():
         kernel.features_q.log_weight += 3.0
-    dijiang.calibrate(model, ids)
+    dijiang.calibrate(model, ids, choose=False)
     torch.testing.assert_close(kernel.gate, before - 3.0, rtol=0, atol=1e-3)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -24,7 +25,7 @@ from .attention import (
 )
 from .cache import DiJiangCache
 from .config import DiJiangConfig
-from .modules import AttentionKernel
+from .modules import CLOSED, AttentionKernel
 
 _PROBE = "dijiang_probe"
 
@@ -130,11 +131,18 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def calibrate(model: PreTrainedModel, ids, *, batch_size: int = 4) -> PreTrainedModel:
+def calibrate(
+    model: PreTrainedModel, ids, *, batch_size: int = 4, choose: bool = True
+) -> PreTrainedModel:
     """Chooses each head's far gate by softmax attention's output on these tokens.
 
-    The rule is in calibration.calibrate_gate. Quadratic in the length of a row of ids, so give rows
-    of some hundred tokens, longer than twice the window.
+    A head's gate is the one of a grid with the least squared error of its output, closed being one
+    of them (calibration.calibrate_gate). Errors of heads may still add up: with ``choose`` the
+    gates as found, one and two lower, and all closed are compared by the model's loss on these
+    tokens, and the best is kept, so that the model does not start worse than its window and sinks.
+
+    Quadratic in the length of a row of ids, so give rows of some hundred tokens, longer than twice
+    the window.
     """
     _check_converted(model, "calibrate")
     ids = _as_batch(ids, "calibrate").to(model.device)
@@ -156,14 +164,39 @@ def calibrate(model: PreTrainedModel, ids, *, batch_size: int = 4) -> PreTrained
             model(input_ids=rows, use_cache=False, **only_last_logits(model))
     for kernel in kernels:
         kernel.calibration = None
+    if choose:
+        _choose_gates(model, kernels, ids, batch_size)
     model.train(training)
     heads = sum(kernel.heads for kernel in kernels)
-    opened = sum(int((kernel.gate > -1e3).sum()) for kernel in kernels)
+    opened = sum(int((kernel.gate > CLOSED / 2).sum()) for kernel in kernels)
     model.dijiang_start = (
         f"window, sinks and far keys calibrated on {ids.numel()} tokens: {opened} of {heads} heads "
         "open"
     )
     return model
+
+
+@torch.no_grad()
+def _choose_gates(model, kernels, ids: Tensor, batch_size: int) -> None:
+    """Keeps the shift of all gates with the least loss on ids."""
+    found = [kernel.gate.clone() for kernel in kernels]
+    shifts = (0.0, -1.0, -2.0, CLOSED)
+
+    def shift_gates(shift):
+        for kernel, gate in zip(kernels, found, strict=True):
+            kernel.gate.copy_((gate + shift).clamp(min=CLOSED))
+
+    losses = []
+    for shift in shifts:
+        shift_gates(shift)
+        total = 0.0
+        for rows in ids.split(batch_size):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+            total += float(
+                F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+            )
+        losses.append(total)
+    shift_gates(shifts[losses.index(min(losses))])
 
 
 @contextlib.contextmanager

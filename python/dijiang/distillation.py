@@ -351,7 +351,8 @@ def _calibrate(model, rows) -> None:
         if total >= 2048:
             break
     shortest = min(len(x) for x in chosen)
-    calibrate_model(model, torch.stack([x[:shortest] for x in chosen]))
+    # Every head as open as its own output asks for: what errors add up to, training takes away.
+    calibrate_model(model, torch.stack([x[:shortest] for x in chosen]), choose=False)
 
 
 def _train_only(model, what: str) -> int:
