@@ -632,6 +632,13 @@ TEST(LinearAttentionExtremes, HugeInputsStayFinite) {
           Array grad = random_array(out.size(), 1);
           for (double& e : grad) e *= 0.1;
           c.backward(grad);
+          // Weights of a row sum to 1, so d v sums to d out: the backward's weights are the
+          // forward's.
+          const Array rounded = Tensor(dtype, grad).values(), dv = c.dv.values();
+          double sum = 0, want_sum = 0, magnitude = 0;
+          for (double e : dv) sum += e, magnitude += std::abs(e);
+          for (double e : rounded) want_sum += e, magnitude += std::abs(e);
+          EXPECT_NEAR(sum, want_sum, (unit_roundoff(dtype) + 1e-5) * magnitude) << what;
           for (const Tensor* x : {&c.dq, &c.dk, &c.dv, &c.domega_q, &c.domega_k, &c.dweight_q,
                                   &c.dweight_k, &c.dbeta_q, &c.dbeta_k, &c.dlog_decay}) {
             ASSERT_TRUE(all_finite(*x)) << what;
