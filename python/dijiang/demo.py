@@ -52,6 +52,7 @@ class Settings:
     distances: tuple[int, ...] = (200, 400)
     contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     train_length: int = 512
+    transfer_share: float = 1.0  # of the training time; the rest is KL to the teacher
     new_tokens: int = 64
     seed: int = 0
 
@@ -65,6 +66,8 @@ class Plan:
     trials: int  # for each model and distance
     train_seconds: float
 
+
+_STAGES = {"transfer": "attention transfer", "lm": "KL to the teacher"}
 
 # Shares of the time; what is left of 1 is for loading, copying, generating, plots and surprises.
 _PERPLEXITY, _RECALL, _TRAINING = 0.26, 0.11, 0.42
@@ -187,6 +190,7 @@ class _Demo:
         self.plan = Plan(**planned)
         student = {**self.base, "config": settings.config.to_dict()}
         trained = {**student, "length": settings.train_length, "plan": planned}
+        trained["transfer_share"] = settings.transfer_share
         variants = {
             SOFTMAX: (self.base, lambda: self.teacher),
             WINDOW: (
@@ -261,15 +265,14 @@ class _Demo:
         settings, model = self.settings, self.student
         tokens = self._affordable_tokens(model)
         curve: list[dict[str, Any]] = []
-        with self.reporter.stage(f"distilling on {tokens} tokens") as progress:
+        total = sum(tokens.values())
+        with self.reporter.stage(f"distilling on {total} tokens") as progress:
 
             def note(row):
-                curve.append({**row, "stage": "attention transfer"})
+                curve.append({**row, "stage": _STAGES[row["stage"]]})
                 progress(row["step"], row["steps"])
 
-            done = distill(
-                model, self.train_blocks, tokens=tokens, seed=settings.seed, progress=note
-            )
+            done = distill(model, self.train_blocks, seed=settings.seed, progress=note, **tokens)
         model.save_pretrained(self.folder)
         self.tokenizer.save_pretrained(self.folder)
         self.distilled = model
@@ -281,18 +284,25 @@ class _Demo:
             "curve": [{key: row[key] for key in ("stage", "step", "loss")} for row in curve],
         }
 
-    def _affordable_tokens(self, model) -> int:
-        """Tokens that fit into the time for training, by the pace of three steps on a copy."""
-        rows: list[dict[str, Any]] = []
-        with self.reporter.stage("timing a training step"):
-            trial = copy.deepcopy(model)
-            step = 2 * self.settings.train_length  # distill's batch size
-            distill(trial, self.train_blocks, tokens=3 * step, progress=rows.append)
-        # The first step allocates and plans: the later ones are the pace.
-        seconds = (rows[-1]["seconds"] - rows[0]["seconds"]) / (len(rows) - 1)
-        steps = max(3, int(self.plan.train_seconds / seconds))
-        # Three times through the text at most: more would learn it by heart.
-        return min(steps * step, 3 * self.train_blocks.numel())
+    def _affordable_tokens(self, model) -> dict[str, int]:
+        """Tokens of each stage that fit into its time, by the pace of a few steps on a copy."""
+        share = self.settings.transfer_share
+        step = 2 * self.settings.train_length  # distill's batch size
+        affordable = {}
+        for stage, part in (("tokens", share), ("lm_tokens", 1.0 - share)):
+            affordable[stage] = 0
+            if part <= 0:
+                continue
+            rows: list[dict[str, Any]] = []
+            with self.reporter.stage("timing a training step"):
+                trial = {"tokens": 0, "lm_tokens": 0, stage: 3 * step}
+                distill(copy.deepcopy(model), self.train_blocks, progress=rows.append, **trial)
+            # The first step allocates and plans: the later ones are the pace.
+            seconds = (rows[-1]["seconds"] - rows[0]["seconds"]) / (len(rows) - 1)
+            steps = max(3, int(part * self.plan.train_seconds / seconds))
+            # Three times through the text at most: more would learn it by heart.
+            affordable[stage] = min(steps * step, 3 * self.train_blocks.numel())
+        return affordable
 
     def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> dict[str, Any]:
         """Perplexity at each length and recall at each distance of one model."""
