@@ -1,5 +1,8 @@
 """KernelizedAttention: an attention layer of one's own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from dijiang import DiJiangConfig, KernelizedAttention
@@ -96,3 +99,11 @@ def test_double_precision():
     x = torch.randn(1, 12, 32, dtype=torch.float64)
     out, state = layer(x, return_state=True)
     assert out.dtype == state.kv.dtype == torch.float64
+
+
+def test_needs_no_transformers():
+    code = (
+        "import sys, dijiang; dijiang.KernelizedAttention(8, 2); dijiang.FeatureMap; "
+        "dijiang.DiJiangConfig; assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

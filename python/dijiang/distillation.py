@@ -47,7 +47,8 @@ def distill(
     model, data, *, tokens: int | None = None, lm_tokens: int = 0, train: str = "dijiang",
     lm_weight: float = 0.0, kl_weight: float = 1.0, teacher=None, length: int = 512,
     batch_size: int = 2, gradient_accumulation_steps: int = 1, learning_rate: float = 1e-2,
-    lm_learning_rate: float | None = None, warmup_steps: int = 5, calibrate: bool = True,
+    lm_learning_rate: float | None = None, gate_rate: float = 20.0, warmup_steps: int = 5,
+    calibrate: bool = True,
     seed: int = 0, output_dir=None, save_steps: int | None = None, resume: bool = False,
     progress: bool | Callable[[dict], None] = True, trainer_arguments: Mapping | None = None,
 ) -> DistillResult:  # fmt: skip
@@ -73,6 +74,7 @@ def distill(
         batch_size, gradient_accumulation_steps, learning_rate, lm_learning_rate, warmup_steps,
             seed: as in Trainer; the rate falls linearly to 0. lm_learning_rate None: 1e-3 for
             ``dijiang``, 1e-4 otherwise.
+        gate_rate: the gates' learning rate, as a multiple of the others'.
         output_dir: where Trainer's checkpoints go (``stage1``, ``stage2``), every ``save_steps``
             and at each stage's end. ``resume``: goes on from the last one there.
         progress: True: a progress bar; or a function, called with each row of history.
@@ -123,6 +125,7 @@ def distill(
             _stage(
                 _TransferTrainer, "transfer", "stage1", model, rows, tokens, row_tokens, settings,
                 result, output_dir, save_steps, resume, progress, trainer_arguments,
+                gate_rate=gate_rate,
             )  # fmt: skip
         if lm_tokens:
             if teacher is None and kl_weight > 0 and train != "dijiang":
@@ -135,13 +138,34 @@ def distill(
                 _PredictionTrainer, "lm", "stage2", model, rows, lm_tokens, row_tokens,
                 shared | dict(learning_rate=lm_learning_rate), result, output_dir, save_steps,
                 resume, progress, trainer_arguments, teacher=teacher, lm_weight=lm_weight,
-                kl_weight=kl_weight,
+                kl_weight=kl_weight, gate_rate=gate_rate,
             )  # fmt: skip
     result.seconds = time.monotonic() - started
     return result
 
 
-class _TransferTrainer(Trainer):
+class _KernelTrainer(Trainer):
+    """Trainer with a rate of its own for gates: logarithms of masses, they have far to go."""
+
+    def __init__(self, *args, gate_rate=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate_rate = gate_rate
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            gates, others = [], []
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    (gates if name.endswith(".dijiang.gate") else others).append(parameter)
+            groups = [{"params": others}] if others else []
+            if gates:
+                groups.append({"params": gates, "lr": self.args.learning_rate * self.gate_rate})
+            self.optimizer = optimizer(groups, **settings)
+        return self.optimizer
+
+
+class _TransferTrainer(_KernelTrainer):
     """Stage 1: each layer's output against its own softmax's."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -153,7 +177,7 @@ class _TransferTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
 
-class _PredictionTrainer(Trainer):
+class _PredictionTrainer(_KernelTrainer):
     """Stage 2: the next token's cross entropy, and the teacher's predictions."""
 
     def __init__(self, *args, teacher=None, lm_weight=0.0, kl_weight=1.0, **kwargs):
