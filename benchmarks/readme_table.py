@@ -2,6 +2,7 @@
 
     python benchmarks/readme_table.py            # rewrite
     python benchmarks/readme_table.py --check    # exit 1 if a table is not that of its results
+    python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
 memory.py and dct.py, and from a demo's results.json kept as demo.json.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,7 +137,14 @@ def filled(page: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
-    check = parser.parse_args(arguments).check
+    parser.add_argument("--demo", type=Path, help="the folder that `dijiang demo` wrote")
+    args = parser.parse_args(arguments)
+    check = args.check
+    if args.demo:
+        shutil.copy(args.demo / "results.json", common.RESULTS / "demo.json")
+        pictures = ROOT / "docs" / "images"
+        pictures.mkdir(exist_ok=True)
+        shutil.copy(args.demo / "summary.png", pictures / "summary.png")
     stale = 0
     for path in (ROOT / name for name in FILES):
         page = path.read_text()
