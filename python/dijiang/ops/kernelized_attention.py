@@ -146,7 +146,8 @@ def kernelized_attention_update(
         >>> state = empty_attention_state(1, 2, 0, 8, 8, window=4, sinks=1, dtype=torch.float32,
         ...                               device="cpu")
         >>> x = torch.randn(1, 2, 1, 8)
-        >>> torch.equal(kernelized_attention_update(x, x, x, state, window=4, sinks=1), x)
+        >>> out = kernelized_attention_update(x, x, x, state, window=4, sinks=1)
+        >>> torch.allclose(out, x)  # a first token sees itself alone
         True
     """
     op = "kernelized_attention_update"
