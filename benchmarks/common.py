@@ -56,7 +56,7 @@ def _timing(values: Sequence[float]) -> Timing:
 
 
 def machine() -> str:
-    """One line: processor, threads used, torch."""
+    """One line: processor, threads used, torch, and what else was running."""
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -67,7 +67,7 @@ def machine() -> str:
         pass
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
+        f"torch {torch.__version__}, load of the last minute {os.getloadavg()[0]:.1f}"
     )
 
 

@@ -62,7 +62,8 @@ def measure(form: str, length: int, threads: int) -> None:
 
 def main() -> int:
     parser = arguments(__doc__.partition("\n")[0])
-    parser.add_argument("--longest-quadratic", type=int, default=8192, help="tokens of T x T forms")
+    parser.add_argument("--longest-quadratic", type=int, default=4096, help="tokens of T x T forms")
+    parser.add_argument("--longest-sdpa", type=int, default=16384, help="its time is quadratic")
     parser.add_argument("--child", nargs=2, metavar=("FORM", "TOKENS"), help="used by the script")
     args = parser.parse_args()
     if args.child:
@@ -74,6 +75,8 @@ def main() -> int:
     for form in FORMS:
         for length in lengths:
             if form in QUADRATIC and length > args.longest_quadratic:
+                continue
+            if form == SDPA and length > args.longest_sdpa:
                 continue
             child = [sys.executable, __file__, "--threads", str(args.threads), "--child", form]
             done = subprocess.run([*child, str(length)], capture_output=True, text=True)

@@ -99,7 +99,17 @@ def dct() -> str:
     return common.table(["GB/s at n", *sizes], cells) + "\n\n" + _measured(machine)
 
 
+def picture() -> str:
+    """The demo's summary plot, once there is one."""
+    name = _demo()["settings"]["model"]
+    return (
+        "![Quality, decoding speed and cache size before and after](docs/images/summary.png)\n\n"
+        f"*Measured by `make demo`; model: {name}. The [tables below](#measured) have the figures.*"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "picture": picture,
     "quality": quality,
     "decode": decode,
     "attention forward": lambda: attention("forward"),
