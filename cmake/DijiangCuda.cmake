@@ -31,5 +31,6 @@ set(DIJIANG_HAS_CUDA ON)
 message(STATUS "dijiang: CUDA ${CMAKE_CUDA_COMPILER_VERSION} build for ${CMAKE_CUDA_ARCHITECTURES}")
 
 add_library(dijiang_cuda_flags INTERFACE)
+# --threads: the architectures of a file are compiled side by side.
 target_compile_options(dijiang_cuda_flags INTERFACE
-  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr -Xptxas=-warn-spills>)
+  "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr;-Xptxas=-warn-spills;--threads=2>")
