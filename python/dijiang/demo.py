@@ -52,7 +52,8 @@ class Settings:
     distances: tuple[int, ...] = (200, 400)
     contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     train_length: int = 512
-    transfer_share: float = 1.0  # of the training time; the rest is KL to the teacher
+    transfer_share: float = 0.0  # of the training time; the rest is KL to the teacher
+    train: str = "attention"  # what the KL stage trains, as distill takes it
     new_tokens: int = 64
     seed: int = 0
 
@@ -190,7 +191,7 @@ class _Demo:
         self.plan = Plan(**planned)
         student = {**self.base, "config": settings.config.to_dict()}
         trained = {**student, "length": settings.train_length, "plan": planned}
-        trained["transfer_share"] = settings.transfer_share
+        trained |= {"transfer_share": settings.transfer_share, "train": settings.train}
         variants = {
             SOFTMAX: (self.base, lambda: self.teacher),
             WINDOW: (
@@ -272,7 +273,10 @@ class _Demo:
                 curve.append({**row, "stage": _STAGES[row["stage"]]})
                 progress(row["step"], row["steps"])
 
-            done = distill(model, self.train_blocks, seed=settings.seed, progress=note, **tokens)
+            done = distill(
+                model, self.train_blocks, seed=settings.seed, train=settings.train, progress=note,
+                **tokens,
+            )  # fmt: skip
         model.save_pretrained(self.folder)
         self.tokenizer.save_pretrained(self.folder)
         self.distilled = model
@@ -286,7 +290,7 @@ class _Demo:
 
     def _affordable_tokens(self, model) -> dict[str, int]:
         """Tokens of each stage that fit into its time, by the pace of a few steps on a copy."""
-        share = self.settings.transfer_share
+        settings, share = self.settings, self.settings.transfer_share
         step = 2 * self.settings.train_length  # distill's batch size
         affordable = {}
         for stage, part in (("tokens", share), ("lm_tokens", 1.0 - share)):
@@ -295,7 +299,7 @@ class _Demo:
                 continue
             rows: list[dict[str, Any]] = []
             with self.reporter.stage("timing a training step"):
-                trial = {"tokens": 0, "lm_tokens": 0, stage: 3 * step}
+                trial = {"tokens": 0, "lm_tokens": 0, "train": settings.train, stage: 3 * step}
                 distill(copy.deepcopy(model), self.train_blocks, progress=rows.append, **trial)
             # The first step allocates and plans: the later ones are the pace.
             seconds = (rows[-1]["seconds"] - rows[0]["seconds"]) / (len(rows) - 1)
