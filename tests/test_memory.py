@@ -9,7 +9,7 @@ import pytest
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import torch
 from dijiang import ops, reference
 
@@ -23,7 +23,8 @@ def step(seqlen):
     out.sum().backward()
 
 def peak():  # of the process so far, bytes
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 step(64)
 base, peaks = peak(), []
@@ -34,13 +35,14 @@ print(json.dumps(peaks))
 """
 
 EXPANDED = """
-import resource
+
 import torch
 from dijiang import ops
 
 torch.set_num_threads(1)
 def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 small = torch.rand(1, 1, 1, 256)
 ops.causal_linear_attention(small, small, small[..., :1])
