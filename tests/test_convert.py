@@ -1,6 +1,7 @@
 """convert and restore on tiny random models of many families, and what is refused by name."""
 
 import copy
+import warnings
 
 import dijiang
 import pytest
@@ -395,3 +396,16 @@ class TestRefusals:
         mask[1, 7] = 0
         with pytest.raises(ValueError, match="hole in row 1"):
             model(input_ids=ids, attention_mask=mask)
+
+
+def test_attention_dropout_is_applied_where_softmax_stays_and_named_where_not(ids):
+    model = tiny_model(attention_dropout=0.5)
+    dijiang.convert(model, DiJiangConfig(window=8, sinks=2, layers=(0,))).train()
+    with pytest.warns(UserWarning, match=r"attention dropout \(0.5\) is not applied"):
+        one = logits(model, ids)
+    with pytest.warns(UserWarning):
+        assert not torch.equal(one, logits(model, ids))  # layer 1 drops
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(logits(model, ids), logits(model, ids))

@@ -31,7 +31,6 @@ def settings(tmp_path_factory):
         distances=(40,),
         contexts=(32, 64),
         train_length=64,
-        transfer_share=0.5,
         new_tokens=6,
     )
 
@@ -44,13 +43,18 @@ def results(settings):
 
 def test_results_hold_every_figure(results, settings):
     names = [demo.SOFTMAX, demo.WINDOW, demo.CONVERTED, demo.DISTILLED]
+    names += [demo.LINEAR, demo.LINEAR_DISTILLED]
     assert list(results["perplexity"]) == list(results["recall"]) == names
     for name in names:
         assert [row["length"] for row in results["perplexity"][name]] == [32, 64]
         assert [row["distance"] for row in results["recall"][name]] == [40]
         assert all(1 < row["perplexity"] < 1000 for row in results["perplexity"][name])
-    assert results["train_tokens"] > 0
-    assert {row["stage"] for row in results["training"]} == set(demo._STAGES.values())
+    assert list(results["students"]) == [demo.DISTILLED, demo.LINEAR_DISTILLED]
+    assert all(student["tokens"] > 0 for student in results["students"].values())
+    transfer, prediction = demo._STAGES.values()
+    assert list(dict.fromkeys(row["stage"] for row in results["training"])) == [
+        f"converted: {prediction}", f"far keys alone: {transfer}", f"far keys alone: {prediction}",
+    ]  # fmt: skip
     softmax, student = (results["decode"][name] for name in (demo.SOFTMAX, demo.DISTILLED))
     assert softmax[1]["cache_bytes"] > softmax[0]["cache_bytes"]
     assert student[1]["cache_bytes"] == student[0]["cache_bytes"]
@@ -66,8 +70,10 @@ def test_teacher_and_distilled_figures_are_those_of_the_models(results, settings
     teacher, tokenizer = hub.load_base(settings.model)
     prose = data.tokenize(corpus.held_out, tokenizer)
     blocks = data.cut(prose, 64, blocks=results["plan"]["eval_tokens"] // 64)
-    student = hub.from_pretrained(settings.out / "model")
-    for name, model in ((demo.SOFTMAX, teacher), (demo.DISTILLED, student)):
+    models = {demo.SOFTMAX: teacher}
+    for student in demo.students(settings.config):
+        models[student.after] = hub.from_pretrained(settings.out / student.folder)
+    for name, model in models.items():
         again = evaluate.perplexity(model, blocks).perplexity
         assert again == pytest.approx(results["perplexity"][name][1]["perplexity"], rel=1e-5)
     losses = [results["perplexity"][name][1]["loss"] for name in (demo.CONVERTED, demo.DISTILLED)]
@@ -118,9 +124,9 @@ def test_missing_model_is_trained_again(results, settings, monkeypatch):
     trained = []
     train = demo._Demo._train
 
-    def counted(self):
+    def counted(self, *args):
         trained.append(True)
-        return train(self)
+        return train(self, *args)
 
     monkeypatch.setattr(demo._Demo, "_train", counted)
     shutil.rmtree(settings.out / "model")
@@ -139,7 +145,7 @@ def test_too_short_a_text_is_named(settings, tmp_path):
 def test_plan_fits_the_time(speed):
     settings = demo.Settings()
     made = demo.plan(settings, speed)
-    passes = 4 * 1.3 / speed
+    passes = demo._MODELS * 1.3 / speed
     perplexity = passes * made.eval_tokens * len(settings.lengths)
     recall = passes * made.trials * sum(d + 40 for d in settings.distances)
     assert made.eval_tokens % max(settings.lengths) == 0 and made.trials >= 2

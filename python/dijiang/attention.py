@@ -13,6 +13,8 @@ What a layer must know of the batch travels in the place of the attention mask, 
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,16 @@ def dijiang_attention(
     if kwargs.get("cu_seq_lens_q") is not None:
         cu_seqlens = kwargs["cu_seq_lens_q"].to(torch.int32)
     kernel: AttentionKernel | None = getattr(module, "dijiang", None)
-    call = softmax_attention if kernel is None else _kernelized
+    if kernel is None:
+        call = functools.partial(softmax_attention, dropout=dropout)
+    else:
+        call = _kernelized
+        if dropout:
+            warnings.warn(
+                f"dijiang: attention dropout ({dropout}) is not applied: linear attention has no "
+                "weights to drop. Set the model's attention dropout to 0",
+                stacklevel=2,
+            )
     if cu_seqlens is None:
         out = call(module, query, key, value, scaling, seq_bounds=seq_bounds, padding=padding)
     else:
@@ -128,7 +139,7 @@ def padding_bounds(mask: Tensor) -> Tensor | None:
 
 
 def softmax_attention(
-    module, query, key, value, scaling=None, *, seq_bounds=None, padding=None
+    module, query, key, value, scaling=None, *, seq_bounds=None, padding=None, dropout=0.0
 ) -> Tensor:
     """softmax(q k^T scale) v, causal: the teacher, and the layers that keep softmax.
 
@@ -148,7 +159,7 @@ def softmax_attention(
             mask = mask & (padding.bool()[:, None, None, :] | own)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None and T > 1, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
 

@@ -138,11 +138,10 @@ def calibrate(
 
     A head's gate is the one of a grid with the least squared error of its output, closed being one
     of them (calibration.calibrate_gate). Errors of heads may still add up: with ``choose`` the
-    gates as found, one and two lower, and all closed are compared by the model's loss on these
-    tokens, and the best is kept, so that the model does not start worse than its window and sinks.
-
-    Quadratic in the length of a row of ids, so give rows of some hundred tokens, longer than twice
-    the window.
+    gates as found, one, two and three lower, and all closed are compared by the model's loss on
+    these tokens, and the best is kept, so that the model does not start worse than its window and
+    sinks. Give rows as long as the contexts it will serve: gates found on short ones let the far
+    keys of long ones weigh too much.
     """
     _check_converted(model, "calibrate")
     ids = _as_batch(ids, "calibrate").to(model.device)
@@ -180,7 +179,7 @@ def calibrate(
 def _choose_gates(model, kernels, ids: Tensor, batch_size: int) -> None:
     """Keeps the shift of all gates with the least loss on ids."""
     found = [kernel.gate.clone() for kernel in kernels]
-    shifts = (0.0, -1.0, -2.0, CLOSED)
+    shifts = (0.0, -1.0, -2.0, -3.0, CLOSED)
 
     def shift_gates(shift):
         for kernel, gate in zip(kernels, found, strict=True):

@@ -1,8 +1,9 @@
 """The main job, start to end: a pretrained model loses its softmax attention and learns again.
 
 `run(Settings())` loads the default model, measures it, converts a copy, distills it for some
-minutes, measures again, and writes a report with plots. Every stage's result is kept in the output
-folder under the settings it was made with, so that a second run only does what is missing.
+minutes, measures again, and writes a report with plots. A second copy keeps no exact keys at all,
+for what the method of the paper does on its own. Every stage's result is kept in the output folder
+under the settings it was made with, so that a second run only does what is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from .hub import from_pretrained, load_base
 SOFTMAX = "softmax teacher"
 WINDOW = "window + sinks, training-free"
 CONVERTED = "converted, before training"
-DISTILLED = "after distillation"
+DISTILLED = "converted, after distillation"
+LINEAR = "far keys alone, before training"
+LINEAR_DISTILLED = "far keys alone, after distillation"
 
 PROMPTS = (
     "The list type in Python is",
@@ -52,10 +55,34 @@ class Settings:
     distances: tuple[int, ...] = (200, 400)
     contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     train_length: int = 512
-    transfer_share: float = 0.0  # of the training time; the rest is KL to the teacher
     train: str = "attention"  # what the KL stage trains, as distill takes it
     new_tokens: int = 64
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model to convert and distill, its names in the tables and its part of the time."""
+
+    config: DiJiangConfig
+    before: str
+    after: str
+    folder: str
+    share: float  # of the training time
+    transfer: float  # of that, for attention transfer; the rest is KL to the teacher
+
+
+def students(config: DiJiangConfig) -> list[Student]:
+    """The model of `config`; where that has near keys too, also one of its far keys alone."""
+    near, far = bool(config.window or config.sinks), config.feature_map is not None
+    if not (near and far):
+        return [Student(config, CONVERTED, DISTILLED, "model", 1.0, 0.0 if near else 0.5)]
+    alone = config.replace(window=0, sinks=0)
+    return [
+        # With near keys, KL from the start is the better use of few tokens: see docs/distill.md.
+        Student(config, CONVERTED, DISTILLED, "model", 0.6, 0.0),
+        Student(alone, LINEAR, LINEAR_DISTILLED, "model-far-alone", 0.4, 0.5),
+    ]
 
 
 @dataclass(frozen=True)
@@ -70,8 +97,9 @@ class Plan:
 
 _STAGES = {"transfer": "attention transfer", "lm": "KL to the teacher"}
 
-# Shares of the time; what is left of 1 is for loading, copying, generating, plots and surprises.
-_PERPLEXITY, _RECALL, _TRAINING = 0.26, 0.11, 0.42
+# Shares of the time; what is left of 1 is for loading, calibrating, generating, decoding, plots.
+_PERPLEXITY, _RECALL, _TRAINING = 0.22, 0.10, 0.40
+_MODELS = 6  # measured: the teacher, the window alone, two students before and after training
 
 
 def run(settings: Settings, *, reporter=None, fresh: bool = False) -> dict[str, Any]:
@@ -94,8 +122,8 @@ def run(settings: Settings, *, reporter=None, fresh: bool = False) -> dict[str, 
 def plan(settings: Settings, tokens_per_second: float) -> Plan:
     """Divides the time: more windows and trials on a faster machine, within sensible bounds."""
     seconds = 60.0 * settings.minutes
-    # Four models; a converted one's forward may cost somewhat more than the teacher's.
-    forward = tokens_per_second / (4 * 1.3)
+    # A converted model's forward may cost somewhat more than the teacher's.
+    forward = tokens_per_second / (_MODELS * 1.3)
     eval_tokens = _PERPLEXITY * seconds * forward / len(settings.lengths)
     trials = _RECALL * seconds * forward / sum(distance + 40 for distance in settings.distances)
     longest = max(settings.lengths)
@@ -134,7 +162,6 @@ class _Demo:
     def __init__(self, settings: Settings, reporter, fresh: bool):
         self.settings, self.reporter = settings, reporter
         self.out = Path(settings.out)
-        self.folder = self.out / "model"
         self.stages = _Stages(self.out / "stages", fresh)
         self.corpus = data.load_text(settings.data)
         text = hashlib.sha256("\0".join((*self.corpus.train, *self.corpus.held_out)).encode())
@@ -163,23 +190,26 @@ class _Demo:
     def tokenizer(self):
         return self._loaded[1]
 
-    @cached_property
-    def student(self):
-        return self._converted(self.settings.config)
-
     def _converted(self, config: DiJiangConfig):
-        # Calibration looks at eight short rows of the training text; it trains nothing.
-        rows = None if config.feature_map is None else self.train_blocks[:8]
-        return convert(copy.deepcopy(self.teacher), config, calibration=rows)
+        model = copy.deepcopy(self.teacher)
+        near = config.window or config.sinks
+        if config.feature_map is None or not near:
+            return convert(model, config)
+        with self.reporter.stage("calibrating the far keys"):
+            # On training text, in rows as long as the longest measured.
+            length = max(*self.settings.lengths, self.settings.train_length)
+            return convert(model, config, calibration=self.train_blocks(length)[:2])
 
     @cached_property
     def prose(self) -> torch.Tensor:
         return data.tokenize(self.corpus.held_out, self.tokenizer)
 
     @cached_property
-    def train_blocks(self) -> torch.Tensor:
-        name = f"{self.corpus.name}, training part"
-        return data.pack(self.corpus.train, self.tokenizer, self.settings.train_length, name=name)
+    def train_tokens(self) -> torch.Tensor:
+        return data.tokenize(self.corpus.train, self.tokenizer)
+
+    def train_blocks(self, length: int) -> torch.Tensor:
+        return data.cut(self.train_tokens, length, name=f"{self.corpus.name}, training part")
 
     def blocks(self, length: int, tokens: int) -> torch.Tensor:
         name = f"{self.corpus.name}, held-out part"
@@ -189,26 +219,21 @@ class _Demo:
         settings, get = self.settings, self.stages.get
         planned = get("plan", {**self.base, **self._planned_for}, self._plan)
         self.plan = Plan(**planned)
-        student = {**self.base, "config": settings.config.to_dict()}
-        trained = {**student, "length": settings.train_length, "plan": planned}
-        trained |= {"transfer_share": settings.transfer_share, "train": settings.train}
-        variants = {
-            SOFTMAX: (self.base, lambda: self.teacher),
-            WINDOW: (
-                {**self.base, "config": self.window_config.to_dict()},
-                lambda: self._converted(self.window_config),
-            ),
-            CONVERTED: (student, lambda: self.student),
-        }
-        quality = {name: self._quality(name, *variant) for name, variant in variants.items()}
-        curve = get("training", trained, self._train, usable=self.folder.is_dir)
-        quality[DISTILLED] = self._quality(DISTILLED, trained, lambda: self.distilled)
+        self.quality: dict[str, dict[str, Any]] = {}
+        self._quality(SOFTMAX, self.base, lambda: self.teacher)
+        window = {**self.base, "config": self.window_config.to_dict()}
+        self._quality(WINDOW, window, lambda: self._converted(self.window_config))
+        trained = {s.after: self._student(s, planned) for s in students(settings.config)}
+        main = trained[DISTILLED]
+        key = main["key"]
         generated = get(
             "generation",
-            {**trained, "prompts": PROMPTS, "tokens": settings.new_tokens},
-            self._generate,
+            {**key, "prompts": PROMPTS, "tokens": settings.new_tokens},
+            lambda: self._generate(main["model"]()),
         )
-        decode = get("decode", {**trained, "contexts": settings.contexts}, self._decode)
+        decode = get(
+            "decode", {**key, "contexts": settings.contexts}, lambda: self._decode(main["model"]())
+        )
         return {
             "settings": {
                 "model": settings.model or "bundled default",
@@ -221,12 +246,10 @@ class _Demo:
             "machine": machine(),
             "version": __version__,
             "plan": planned,
-            "start": curve["start"],
-            "train_tokens": curve["tokens"],
-            "train_seconds": curve["seconds"],
-            "perplexity": {name: value["perplexity"] for name, value in quality.items()},
-            "recall": {name: value["recall"] for name, value in quality.items()},
-            "training": curve["curve"],
+            "students": {name: student["done"] for name, student in trained.items()},
+            "perplexity": {name: value["perplexity"] for name, value in self.quality.items()},
+            "recall": {name: value["recall"] for name, value in self.quality.items()},
+            "training": [row for student in trained.values() for row in student["curve"]],
             "generation": generated,
             "decode": decode,
         }
@@ -257,60 +280,76 @@ class _Demo:
         )
         return asdict(made)
 
-    @cached_property
-    def distilled(self):
-        """As it was trained just now, or as an earlier run left it."""
-        return from_pretrained(self.folder)
+    def _student(self, student: Student, planned: Mapping) -> dict[str, Any]:
+        """Measures, trains and measures again; the trained model is made when it is asked for."""
+        settings, folder = self.settings, self.out / student.folder
+        before = {**self.base, "config": student.config.to_dict(), "lengths": settings.lengths}
+        key = {**before, "length": settings.train_length, "plan": planned, "train": settings.train}
+        key |= {"share": student.share, "transfer": student.transfer}
+        fresh = cached(lambda: self._converted(student.config))
+        self._quality(student.before, before, fresh)
+        trained: list[Any] = []
 
-    def _train(self) -> dict[str, Any]:
-        settings, model = self.settings, self.student
-        tokens = self._affordable_tokens(model)
+        def train():
+            trained.append(fresh())
+            return self._train(student, trained[0], folder)
+
+        done = self.stages.get(f"training {student.folder}", key, train, usable=folder.is_dir)
+        # As it was trained just now, or as an earlier run left it.
+        model = cached(lambda: trained[0] if trained else from_pretrained(folder))
+        self._quality(student.after, key, model)
+        return {"key": key, "model": model, "curve": done.pop("curve"), "done": done}
+
+    def _train(self, student: Student, model, folder: Path) -> dict[str, Any]:
+        settings = self.settings
+        rows = self.train_blocks(settings.train_length)
+        tokens = self._affordable_tokens(student, model, rows)
         curve: list[dict[str, Any]] = []
         total = sum(tokens.values())
-        with self.reporter.stage(f"distilling on {total} tokens") as progress:
+        with self.reporter.stage(f"{student.after}: {total} tokens") as progress:
 
             def note(row):
-                curve.append({**row, "stage": _STAGES[row["stage"]]})
+                stage = f"{student.after.partition(',')[0]}: {_STAGES[row['stage']]}"
+                curve.append({"stage": stage, "step": row["step"], "loss": row["loss"]})
                 progress(row["step"], row["steps"])
 
             done = distill(
-                model, self.train_blocks, seed=settings.seed, train=settings.train, progress=note,
-                **tokens,
+                model, rows, seed=settings.seed, train=settings.train, progress=note,
+                calibrate=False, **tokens,
             )  # fmt: skip
-        model.save_pretrained(self.folder)
-        self.tokenizer.save_pretrained(self.folder)
-        self.distilled = model
-        del self.student  # the same object: it is converted-before-training no longer
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
         return {
             "start": done.start,
             "tokens": done.tokens,
             "seconds": round(done.seconds, 1),
-            "curve": [{key: row[key] for key in ("stage", "step", "loss")} for row in curve],
+            "curve": curve,
         }
 
-    def _affordable_tokens(self, model) -> dict[str, int]:
-        """Tokens of each stage that fit into its time, by the pace of a few steps on a copy."""
-        settings, share = self.settings, self.settings.transfer_share
-        step = 2 * self.settings.train_length  # distill's batch size
+    def _affordable_tokens(self, student: Student, model, rows) -> dict[str, int]:
+        """Tokens of each stage that fit into its time, by the pace of a step on a copy."""
+        step = 2 * rows.shape[1]  # distill's batch size
         affordable = {}
-        for stage, part in (("tokens", share), ("lm_tokens", 1.0 - share)):
+        shares = {"tokens": student.transfer, "lm_tokens": 1.0 - student.transfer}
+        for stage, part in shares.items():
             affordable[stage] = 0
             if part <= 0:
                 continue
-            rows: list[dict[str, Any]] = []
+            timed: list[dict[str, Any]] = []
             with self.reporter.stage("timing a training step"):
-                trial = {"tokens": 0, "lm_tokens": 0, "train": settings.train, stage: 3 * step}
-                distill(copy.deepcopy(model), self.train_blocks, progress=rows.append, **trial)
+                trial = {"tokens": 0, "lm_tokens": 0, "train": self.settings.train, stage: 3 * step}
+                distill(copy.deepcopy(model), rows, progress=timed.append, calibrate=False, **trial)
             # The first step allocates and plans: the later ones are the pace.
-            seconds = (rows[-1]["seconds"] - rows[0]["seconds"]) / (len(rows) - 1)
-            steps = max(3, int(part * self.plan.train_seconds / seconds))
+            seconds = (timed[-1]["seconds"] - timed[0]["seconds"]) / (len(timed) - 1)
+            steps = max(3, int(part * student.share * self.plan.train_seconds / seconds))
             # Three times through the text at most: more would learn it by heart.
-            affordable[stage] = min(steps * step, 3 * self.train_blocks.numel())
+            affordable[stage] = min(steps * step, 3 * rows.numel())
         return affordable
 
-    def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> dict[str, Any]:
+    def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> None:
         """Perplexity at each length and recall at each distance of one model."""
-        settings, kept = self.settings, {}
+        settings = self.settings
+        kept = self.quality[name] = {}
         loaded = cached(model)
         for length in settings.lengths:
 
@@ -335,14 +374,13 @@ class _Demo:
             stage_key = {**key, "distance": distance, "trials": self.plan.trials}
             row = self.stages.get(_file(f"recall {name} {distance}"), stage_key, measure)
             kept.setdefault("recall", []).append(row)
-        return kept
 
-    def _generate(self) -> list[dict[str, Any]]:
+    def _generate(self, student) -> list[dict[str, Any]]:
         pairs = []
         with self.reporter.stage("generating side by side") as progress:
             for index, prompt in enumerate(PROMPTS):
                 pair = {"prompt": prompt}
-                for name, model in ((SOFTMAX, self.teacher), (DISTILLED, self.distilled)):
+                for name, model in ((SOFTMAX, self.teacher), (DISTILLED, student)):
                     made = evaluate.generate(
                         model, self.tokenizer, prompt, max_new_tokens=self.settings.new_tokens
                     )
@@ -351,8 +389,8 @@ class _Demo:
                 progress(index + 1, len(PROMPTS))
         return pairs
 
-    def _decode(self) -> dict[str, list[dict[str, Any]]]:
-        models = {SOFTMAX: self.teacher, DISTILLED: self.distilled}
+    def _decode(self, student) -> dict[str, list[dict[str, Any]]]:
+        models = {SOFTMAX: self.teacher, DISTILLED: student}
         with self.reporter.stage("decoding behind growing contexts") as progress:
             points = evaluate.decode_speed(
                 models, self.prose, self.settings.contexts, progress=progress
@@ -394,8 +432,12 @@ def report(results: Mapping[str, Any], images: Sequence[str]) -> str:
         f"({settings['characters']['train']} characters to train on, "
         f"{settings['characters']['held_out']} held out).",
         f"Conversion: `{config['feature_map']}` features, window {config['window']}, "
-        f"{config['sinks']} sinks; started from {results['start']}; "
-        f"{results['train_tokens']} tokens of training in {results['train_seconds']:.0f} s.",
+        f"{config['sinks']} sinks.",
+        *(
+            f"{name.capitalize()}: started from {student['start']}; {student['tokens']} tokens of "
+            f"training in {student['seconds']:.0f} s."
+            for name, student in results["students"].items()
+        ),
         f"Machine: {results['machine']}; dijiang {results['version']}.",
         "",
     ]

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .attention import kernel_mode
 from .conversion import calibrate as calibrate_model
 from .conversion import is_converted, only_last_logits, restore, softmax_mode
+from .divergence import kl_divergence
 from .hub import quiet
 from .modules import AttentionKernel
 
@@ -116,7 +117,8 @@ def distill(
     if calibrate and any(kernel.closed for kernel in kernels):
         near = max(max(2 * kernel.config.window, kernel.config.sinks) for kernel in kernels)
         if tokens or (lm_tokens and row_length > near):
-            _calibrate(model, rows)
+            # Attention transfer takes away what errors of many heads add up to, KL does not.
+            _calibrate(model, rows, choose=not tokens)
     result = DistillResult(start=model.dijiang_start)
     shared = dict(
         per_device_train_batch_size=batch_size,
@@ -193,18 +195,18 @@ class _PredictionTrainer(_KernelTrainer):
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         outputs = model(**inputs, use_cache=False)
-        logits = outputs.logits[:, :-1].float()
-        targets = ids[:, 1:]
-        real = torch.ones_like(targets) if mask is None else mask[:, 1:] * mask[:, :-1]
-        real = real.to(logits.dtype)
-        loss = logits.new_zeros(())
+        logits = outputs.logits
+        # Every token but the last of a row predicts the one after it.
+        real = torch.ones_like(ids) if mask is None else mask
+        real = F.pad(real[:, 1:] * real[:, :-1], (0, 1)).to(torch.float32)
+        loss = logits.new_zeros((), dtype=torch.float32)
         if self.lm_weight:
-            entropy = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            targets = F.pad(ids[:, 1:], (0, 1))
+            entropy = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
             loss = loss + self.lm_weight * (entropy * real).sum() / real.sum()
         if self.kl_weight:
-            wanted = self._teacher_logits(model, inputs)[:, :-1].float().log_softmax(-1)
-            kl = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1)
-            loss = loss + self.kl_weight * (kl * real).sum() / real.sum()
+            wanted = self._teacher_logits(model, inputs)
+            loss = loss + self.kl_weight * kl_divergence(logits, wanted, real)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -371,17 +373,16 @@ def _as_rows(ids, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def _calibrate(model, rows) -> None:
-    """On the first rows: 2,048 tokens are enough for one number a head."""
+def _calibrate(model, rows, choose: bool) -> None:
+    """On the first rows: 4,096 tokens are enough for one number a head."""
     chosen, total = [], 0
     for i in range(len(rows)):
-        chosen.append(torch.as_tensor(rows[i]["input_ids"])[:1024])
+        chosen.append(torch.as_tensor(rows[i]["input_ids"])[:2048])
         total += len(chosen[-1])
-        if total >= 2048:
+        if total >= 4096:
             break
     shortest = min(len(x) for x in chosen)
-    # Every head as open as its own output asks for: what errors add up to, training takes away.
-    calibrate_model(model, torch.stack([x[:shortest] for x in chosen]), choose=False)
+    calibrate_model(model, torch.stack([x[:shortest] for x in chosen]), choose=choose)
 
 
 def _train_only(model, what: str) -> int:
