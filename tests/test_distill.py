@@ -24,8 +24,11 @@ def student(config=CONFIG):
     return dijiang.convert(tiny_model(initializer_range=0.15), config)
 
 
-def distill(model, data, **settings):
-    return dijiang.distill(model, data, **({"progress": False} | settings))
+def distill(model, data, transfer=0, lm=0, **settings):
+    """With the tokens of each stage; the default numbers if neither is given."""
+    if transfer or lm:
+        settings |= {"tokens": transfer + lm, "transfer_tokens": transfer}
+    return dijiang.distill(model, data, **({"progress": False, "batch_size": 2} | settings))
 
 
 def mean(values):
@@ -61,7 +64,7 @@ def test_attention_transfer_lowers_its_loss_and_moves_only_kernels(ids):
     base = base_of(model)
     dijiang.calibrate(model, ids[:8], choose=False)
     before = transfer_loss(model, ids)
-    result = distill(model, ids, tokens=60 * 256, batch_size=4)
+    result = distill(model, ids, transfer=60 * 256, batch_size=4)
     assert len(result.losses()) == 60 and result.tokens == 60 * 256
     assert transfer_loss(model, ids) < 0.9 * before
     for name, parameter in base.items():
@@ -72,13 +75,23 @@ def test_attention_transfer_lowers_its_loss_and_moves_only_kernels(ids):
         assert torch.equal(ours, tiny_model(initializer_range=0.15)(input_ids=ids[:4]).logits)
 
 
+def test_stages_divide_the_tokens_by_what_the_model_keeps(ids):
+    """KL alone with near keys, transfer first without: the data once."""
+    near, alone = (
+        distill(student(config), ids[:8]) for config in (CONFIG, CONFIG.replace(window=0, sinks=0))
+    )
+    assert near.losses() == [] and len(near.losses("lm")) == 4
+    assert len(alone.losses()) == len(alone.losses("lm")) == 2
+    assert near.tokens == alone.tokens == ids[:8].numel()
+
+
 def test_closed_far_keys_are_calibrated_first(ids):
     model = student()
-    result = distill(model, ids[:8], tokens=128)
+    result = distill(model, ids[:8], transfer=128)
     assert "calibrated on 512 tokens" in result.start
     assert not dijiang.conversion._kernels(model)[0].closed
     closed = student()
-    distill(closed, ids[:8], tokens=128, calibrate=False)
+    distill(closed, ids[:8], transfer=128, calibrate=False)
     assert dijiang.conversion._kernels(closed)[0].closed
 
 
@@ -86,7 +99,7 @@ def test_leaves_the_model_as_found(ids):
     model = student()
     model.config.use_cache = True
     frozen = next(iter(kernels_of(model).values())).requires_grad_(False)
-    distill(model, ids[:4], tokens=128, lm_tokens=128)
+    distill(model, ids[:4], transfer=128, lm=128)
     assert not model.training and model.config.use_cache
     assert not frozen.requires_grad
     assert all(p.requires_grad for p in model.parameters() if p is not frozen)
@@ -101,9 +114,7 @@ def test_predictions_follow_the_teacher(ids, train):
     teacher = tiny_model(initializer_range=0.15)
     distance = divergence(model, teacher, ids)
     rate = 1e-2 if train == "dijiang" else 1e-3
-    result = distill(
-        model, ids, tokens=0, lm_tokens=40 * 256, batch_size=4, train=train, lm_learning_rate=rate
-    )
+    result = distill(model, ids, lm=40 * 256, batch_size=4, train=train, lm_learning_rate=rate)
     assert result.losses() == [] and len(result.losses("lm")) == 40
     assert divergence(model, teacher, ids) < 0.95 * distance
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -118,20 +129,20 @@ def test_language_model_loss_and_a_given_teacher(ids):
     teacher = tiny_model(seed=1)
     model = student(CONFIG.replace(gate=0.0))
     result = distill(
-        model, ids, tokens=0, lm_tokens=8 * 256, batch_size=4, train="all", lm_weight=1.0,
+        model, ids, lm=8 * 256, batch_size=4, train="all", lm_weight=1.0,
         kl_weight=0.0, lm_learning_rate=1e-2,
     )  # fmt: skip
     losses = result.losses("lm")
     assert mean(losses[-2:]) < mean(losses[:2])
-    own = distill(copy.deepcopy(model), ids, tokens=0, lm_tokens=128).losses("lm")
-    given = distill(model, ids, tokens=0, lm_tokens=128, teacher=teacher).losses("lm")
+    own = distill(copy.deepcopy(model), ids, lm=128).losses("lm")
+    given = distill(model, ids, lm=128, teacher=teacher).losses("lm")
     assert given[0] > own[0]
 
 
 def test_padding_does_not_count(ids):
     """A padded batch has the loss of its real tokens."""
     rows = [ids[0].tolist(), ids[1, :40].tolist()]
-    settings = dict(tokens=0, lm_tokens=1, kl_weight=0.0, lm_weight=1.0, lm_learning_rate=0.0)
+    settings = dict(lm=1, kl_weight=0.0, lm_weight=1.0, lm_learning_rate=0.0)
     model = student(CONFIG.replace(gate=0.0))
     together = distill(model, rows, **settings).losses("lm")[0]
     alone = [distill(model, [row], batch_size=1, **settings).losses("lm")[0] for row in rows]
@@ -145,7 +156,7 @@ def test_gradient_accumulation_is_a_larger_batch(ids):
     for batch_size, steps in ((4, 1), (2, 2)):
         model = student(CONFIG.replace(gate=0.0))
         distill(
-            model, ids[:4], tokens=0, lm_tokens=512, batch_size=batch_size, lm_learning_rate=1.0,
+            model, ids[:4], lm=512, batch_size=batch_size, lm_learning_rate=1.0,
             gradient_accumulation_steps=steps, trainer_arguments={"optim": "sgd"}, train="all",
         )  # fmt: skip
         models.append(model)
@@ -160,7 +171,7 @@ def test_gradient_accumulation_is_a_larger_batch(ids):
 def test_same_seed_same_result(ids):
     first, second, other = (student() for _ in range(3))
     losses = [
-        distill(model, ids, tokens=512, seed=seed).losses()
+        distill(model, ids, transfer=512, seed=seed).losses()
         for model, seed in ((first, 1), (second, 1), (other, 2))
     ]
     assert losses[0] == losses[1] != losses[2]
@@ -171,7 +182,7 @@ class Stopped(Exception):
 
 
 def test_resumes_where_it_stopped(ids, tmp_path):
-    settings = dict(tokens=10 * 128, lm_tokens=4 * 128)
+    settings = dict(transfer=10 * 128, lm=4 * 128)
     whole = student()
     expected = distill(whole, ids, **settings)
 
@@ -197,7 +208,7 @@ def test_resumes_where_it_stopped(ids, tmp_path):
 
 def test_progress_is_told(ids):
     rows = []
-    result = distill(student(), ids, tokens=3 * 128, progress=rows.append)
+    result = distill(student(), ids, transfer=3 * 128, progress=rows.append)
     assert rows == result.history
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[-1]["tokens"] == 384 and rows[-1]["steps"] == 3 and rows[-1]["stage"] == "transfer"
@@ -222,9 +233,9 @@ def test_kinds_of_data(ids, kind):
 
 def test_window_alone_has_nothing_to_learn(ids):
     model = student(DiJiangConfig.window_only(8, 2))
-    assert distill(model, ids).history == []
+    assert distill(model, ids, transfer=128).history == []
     with pytest.raises(ValueError, match="nothing to train"):
-        distill(model, ids, lm_tokens=128)
+        distill(model, ids, lm=128, train="dijiang")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +243,8 @@ def test_window_alone_has_nothing_to_learn(ids):
     [
         ({"train": "lora"}, "dijiang, attention, all"),
         ({"resume": True}, "output_dir"),
-        ({"lm_tokens": 10, "kl_weight": 0.0}, "lm_weight or kl_weight"),
+        ({"lm": 10, "kl_weight": 0.0}, "lm_weight or kl_weight"),
+        ({"tokens": 10, "transfer_tokens": 20}, "between 0 and tokens=10, got 20"),
     ],
 )
 def test_refuses_settings(ids, settings, says):
@@ -247,9 +259,10 @@ def test_refuses_data(ids):
         (torch.randn(2, 64), ValueError, "whole numbers"),
         (list(range(2, 20)), ValueError, "do not fill one row"),
         (7, TypeError, "got int"),
-        (ids[:, :12], ValueError, "no far keys"),
     ):
         with pytest.raises(error, match=says):
             distill(model, data, length=64)
+    with pytest.raises(ValueError, match="no far keys"):
+        distill(model, ids[:, :12], transfer=24)
     with pytest.raises(ValueError, match="not converted"):
         distill(tiny_model(), ids)

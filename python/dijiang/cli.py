@@ -174,13 +174,18 @@ else:
         num_features: NumFeatures = None,
         window: Window = None,
         sinks: Sinks = None,
-        tokens: Annotated[int, typer.Option(help="Tokens of attention transfer.")] = 65536,
-        lm_tokens: Annotated[int, typer.Option(help="Tokens of prediction afterwards.")] = 0,
+        tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 65536,
+        transfer_tokens: Annotated[
+            int | None,
+            typer.Option(
+                help="Of these, attention transfer's; the rest trains prediction.",
+                show_default="none with a window or sinks, half without",
+            ),
+        ] = None,
         train: Annotated[
             str, typer.Option(help="What prediction trains: dijiang, attention or all.")
-        ] = "dijiang",
-        learning_rate: Annotated[float, typer.Option(help="Of attention transfer.")] = 1e-2,
-        length: Annotated[int, typer.Option(help="Tokens of one training sequence.")] = 512,
+        ] = "attention",
+        length: Annotated[int, typer.Option(help="Tokens of one training sequence.")] = 1024,
         as_json: Json = False,
     ):
         """Convert a model (unless it is) and train it to attend as its softmax did; save it.
@@ -194,11 +199,8 @@ else:
         from .conversion import is_converted
         from .distillation import distill as distill_model
 
-        if tokens < 0 or lm_tokens < 0 or not tokens + lm_tokens:
-            raise ValueError(
-                f"--tokens and --lm-tokens must not be negative, nor both 0, got {tokens} and "
-                f"{lm_tokens}"
-            )
+        if tokens < 1:
+            raise ValueError(f"--tokens must be at least 1, got {tokens}")
         blocks = _train_blocks(data, tokenizer, length)
         if not is_converted(student):
             convert_model(student, config)
@@ -207,9 +209,8 @@ else:
                 student,
                 blocks,
                 tokens=tokens,
-                lm_tokens=lm_tokens,
+                transfer_tokens=transfer_tokens,
                 train=train,
-                learning_rate=learning_rate,
                 progress=lambda row: progress(row["step"], row["steps"]),
             )
         _save(student, tokenizer, out)

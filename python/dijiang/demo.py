@@ -26,7 +26,7 @@ from . import __version__, data, evaluate, plots
 from .config import DiJiangConfig
 from .console import Silent
 from .conversion import convert
-from .distillation import distill
+from .distillation import distill, transfer_share
 from .hub import from_pretrained, load_base
 
 SOFTMAX = "softmax teacher"
@@ -54,7 +54,7 @@ class Settings:
     lengths: tuple[int, ...] = (512, 2048)
     distances: tuple[int, ...] = (200, 400)
     contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    train_length: int = 512
+    train_length: int = 1024
     train: str = "attention"  # what the KL stage trains, as distill takes it
     new_tokens: int = 64
     seed: int = 0
@@ -69,19 +69,16 @@ class Student:
     after: str
     folder: str
     share: float  # of the training time
-    transfer: float  # of that, for attention transfer; the rest is KL to the teacher
 
 
 def students(config: DiJiangConfig) -> list[Student]:
     """The model of `config`; where that has near keys too, also one of its far keys alone."""
-    near, far = bool(config.window or config.sinks), config.feature_map is not None
-    if not (near and far):
-        return [Student(config, CONVERTED, DISTILLED, "model", 1.0, 0.0 if near else 0.5)]
+    if config.feature_map is None or not (config.window or config.sinks):
+        return [Student(config, CONVERTED, DISTILLED, "model", 1.0)]
     alone = config.replace(window=0, sinks=0)
     return [
-        # With near keys, KL from the start is the better use of few tokens: see docs/distill.md.
-        Student(config, CONVERTED, DISTILLED, "model", 0.6, 0.0),
-        Student(alone, LINEAR, LINEAR_DISTILLED, "model-far-alone", 0.4, 0.5),
+        Student(config, CONVERTED, DISTILLED, "model", 0.6),
+        Student(alone, LINEAR, LINEAR_DISTILLED, "model-far-alone", 0.4),
     ]
 
 
@@ -285,7 +282,7 @@ class _Demo:
         settings, folder = self.settings, self.out / student.folder
         before = {**self.base, "config": student.config.to_dict(), "lengths": settings.lengths}
         key = {**before, "length": settings.train_length, "plan": planned, "train": settings.train}
-        key |= {"share": student.share, "transfer": student.transfer}
+        key["share"] = student.share
         fresh = cached(lambda: self._converted(student.config))
         self._quality(student.before, before, fresh)
         trained: list[Any] = []
@@ -303,10 +300,9 @@ class _Demo:
     def _train(self, student: Student, model, folder: Path) -> dict[str, Any]:
         settings = self.settings
         rows = self.train_blocks(settings.train_length)
-        tokens = self._affordable_tokens(student, model, rows)
+        tokens, transfer = self._affordable_tokens(student, model, rows)
         curve: list[dict[str, Any]] = []
-        total = sum(tokens.values())
-        with self.reporter.stage(f"{student.after}: {total} tokens") as progress:
+        with self.reporter.stage(f"{student.after}: {tokens} tokens") as progress:
 
             def note(row):
                 stage = f"{student.after.partition(',')[0]}: {_STAGES[row['stage']]}"
@@ -314,8 +310,8 @@ class _Demo:
                 progress(row["step"], row["steps"])
 
             done = distill(
-                model, rows, seed=settings.seed, train=settings.train, progress=note,
-                calibrate=False, **tokens,
+                model, rows, tokens=tokens, transfer_tokens=transfer, train=settings.train,
+                seed=settings.seed, calibrate=False, progress=note,
             )  # fmt: skip
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -326,25 +322,25 @@ class _Demo:
             "curve": curve,
         }
 
-    def _affordable_tokens(self, student: Student, model, rows) -> dict[str, int]:
-        """Tokens of each stage that fit into its time, by the pace of a step on a copy."""
-        step = 2 * rows.shape[1]  # distill's batch size
-        affordable = {}
-        shares = {"tokens": student.transfer, "lm_tokens": 1.0 - student.transfer}
-        for stage, part in shares.items():
-            affordable[stage] = 0
-            if part <= 0:
+    def _affordable_tokens(self, student: Student, model, rows) -> tuple[int, int]:
+        """What fits into its time, and of that attention transfer's, by the pace on a copy."""
+        step, share = rows.shape[1], transfer_share(student.config)
+        seconds = 0.0  # of a step, each stage having its share of them
+        for part, transfer in ((share, 3 * step), (1.0 - share, 0)):
+            if not part:
                 continue
             timed: list[dict[str, Any]] = []
             with self.reporter.stage("timing a training step"):
-                trial = {"tokens": 0, "lm_tokens": 0, "train": self.settings.train, stage: 3 * step}
-                distill(copy.deepcopy(model), rows, progress=timed.append, calibrate=False, **trial)
+                distill(
+                    copy.deepcopy(model), rows, tokens=3 * step, transfer_tokens=transfer,
+                    train=self.settings.train, calibrate=False, progress=timed.append,
+                )  # fmt: skip
             # The first step allocates and plans: the later ones are the pace.
-            seconds = (timed[-1]["seconds"] - timed[0]["seconds"]) / (len(timed) - 1)
-            steps = max(3, int(part * student.share * self.plan.train_seconds / seconds))
-            # Three times through the text at most: more would learn it by heart.
-            affordable[stage] = min(steps * step, 3 * rows.numel())
-        return affordable
+            seconds += part * (timed[-1]["seconds"] - timed[0]["seconds"]) / (len(timed) - 1)
+        steps = max(4, int(student.share * self.plan.train_seconds / seconds))
+        # Three times through the text at most: more would learn it by heart.
+        steps = min(steps, 3 * len(rows))
+        return steps * step, int(share * steps) * step
 
     def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> None:
         """Perplexity at each length and recall at each distance of one model."""

@@ -44,23 +44,31 @@ class DistillResult:
         return [row["loss"] for row in self.history if row["stage"] == stage]
 
 
+def transfer_share(config) -> float:
+    """The part of distill's tokens that attention transfer gets, unless told.
+
+    Near keys carry the model through KL from the first step, and moving the attention's own weights
+    is then the better use of few tokens; far keys alone predict nothing before transfer.
+    """
+    return 0.0 if config.window or config.sinks else 0.5
+
+
 def distill(
-    model, data, *, tokens: int | None = None, lm_tokens: int = 0, train: str = "dijiang",
-    lm_weight: float = 0.0, kl_weight: float = 1.0, teacher=None, length: int = 512,
-    batch_size: int = 2, gradient_accumulation_steps: int = 1, learning_rate: float = 1e-2,
-    lm_learning_rate: float | None = None, gate_rate: float = 20.0, warmup_steps: int = 5,
-    calibrate: bool = True,
-    seed: int = 0, output_dir=None, save_steps: int | None = None, resume: bool = False,
+    model, data, *, tokens: int | None = None, transfer_tokens: int | None = None,
+    train: str = "attention", lm_weight: float = 0.0, kl_weight: float = 1.0, teacher=None,
+    length: int = 1024, batch_size: int = 1, gradient_accumulation_steps: int = 1,
+    learning_rate: float = 1e-2, lm_learning_rate: float | None = None, gate_rate: float = 20.0,
+    warmup_steps: int = 2, calibrate: bool = True, seed: int = 0, output_dir=None,
+    save_steps: int | None = None, resume: bool = False,
     progress: bool | Callable[[dict], None] = True, trainer_arguments: Mapping | None = None,
 ) -> DistillResult:  # fmt: skip
     """Trains a converted model in place, on transformers' Trainer, in up to two stages.
 
-    1. ``tokens`` of attention transfer: every layer gets its softmax self's input, and its output's
-       squared error, relative to the softmax output's mean square, is the loss (averaged over
-       layers). Only ``dijiang`` parameters train and no logits are computed.
-    2. ``lm_tokens`` with ``lm_weight`` times the next token's cross entropy and ``kl_weight`` times
-       KL(teacher || student) of the predictions. With a window, ``train="attention"`` and no
-       stage 1 is the best found for a few ten thousand tokens; features alone need stage 1.
+    1. Attention transfer, for ``transfer_tokens``: every layer gets its softmax self's input, and
+       its output's squared error, relative to the softmax output's mean square, is the loss
+       (averaged over layers). Only ``dijiang`` parameters train and no logits are computed.
+    2. Prediction, for the rest of ``tokens``: ``lm_weight`` times the next token's cross entropy
+       and ``kl_weight`` times KL(teacher || student).
 
     Far keys that are closed are calibrated first.
 
@@ -68,8 +76,9 @@ def distill(
         model: a converted model.
         data: token ids: (rows, seqlen) tensor, (n,) tensor or list (cut into rows of ``length``),
             list of lists (padded right where they differ), or a Dataset of {"input_ids": ...}.
-        tokens: of stage 1. None: the data once; 0: no stage 1. More than the data: in epochs.
-        lm_tokens: of stage 2; 0: no stage 2.
+        tokens: of both stages. None: the data once; more than the data: in epochs.
+        transfer_tokens: of these, stage 1's. None: what was found best for a few ten thousand
+            tokens (see transfer_share): none with a window or sinks, half for far keys alone.
         train: what stage 2 trains: ``dijiang`` (what convert added), ``attention`` (the converted
             attention modules whole) or ``all``.
         teacher: stage 2's softmax model. None: the model itself in softmax mode while ``train`` is
@@ -104,21 +113,28 @@ def distill(
         raise ValueError(f"distill: train must be one of {', '.join(TRAINABLE)}, got {train!r}")
     if resume and output_dir is None:
         raise ValueError("distill: resume=True needs the output_dir to resume from")
-    if lm_tokens and not (lm_weight > 0 or kl_weight > 0):
-        raise ValueError("distill: stage 2 needs lm_weight or kl_weight above 0")
     rows = _as_dataset(data, length)
     row_length = max(len(rows[i]["input_ids"]) for i in range(min(len(rows), 64)))
+    kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
     if tokens is None:
-        tokens = len(rows) * row_length
+        tokens = max(len(rows) * row_length, transfer_tokens or 0)
+    if transfer_tokens is None:
+        transfer_tokens = int(tokens * transfer_share(kernels[0].config))
+    if not 0 <= transfer_tokens <= tokens:
+        raise ValueError(
+            f"distill: transfer_tokens must be between 0 and tokens={tokens}, got {transfer_tokens}"
+        )
+    lm_tokens = tokens - transfer_tokens
+    if lm_tokens and not (lm_weight > 0 or kl_weight > 0):
+        raise ValueError("distill: stage 2 needs lm_weight or kl_weight above 0")
 
     started = time.monotonic()
-    kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
     # A closed gate has no gradient, in either stage.
     if calibrate and any(kernel.closed for kernel in kernels):
         near = max(max(2 * kernel.config.window, kernel.config.sinks) for kernel in kernels)
-        if tokens or (lm_tokens and row_length > near):
+        if transfer_tokens or row_length > near:
             # Attention transfer takes away what errors of many heads add up to, KL does not.
-            _calibrate(model, rows, choose=not tokens)
+            _calibrate(model, rows, choose=not transfer_tokens)
     result = DistillResult(start=model.dijiang_start)
     shared = dict(
         per_device_train_batch_size=batch_size,
@@ -127,11 +143,11 @@ def distill(
     )  # fmt: skip
     row_tokens = batch_size * gradient_accumulation_steps * row_length
     with _left_as_found(model):
-        if tokens and _train_only(model, "dijiang"):
+        if transfer_tokens and _train_only(model, "dijiang"):
             settings = shared | dict(learning_rate=learning_rate, max_grad_norm=0.0)
             _stage(
-                _TransferTrainer, "transfer", "stage1", model, rows, tokens, row_tokens, settings,
-                result, output_dir, save_steps, resume, progress, trainer_arguments,
+                _TransferTrainer, "transfer", "stage1", model, rows, transfer_tokens, row_tokens,
+                settings, result, output_dir, save_steps, resume, progress, trainer_arguments,
                 gate_rate=gate_rate,
             )  # fmt: skip
         if lm_tokens:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
+_FAR_OFF = 8  # times the best perplexity: from here on a logarithmic axis
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -95,9 +96,15 @@ def training(rows: Sequence[Mapping], path: str | Path) -> Path:
 
 
 def summary(results: Mapping, path: str | Path) -> Path:
-    """One picture for the README: quality, speed and memory side by side."""
+    """One picture for the README: quality, speed and memory side by side.
+
+    Models that are off by orders of magnitude are left to perplexity.png: they would hide the rest.
+    """
     figure, (left, middle, right) = _figure(14.0, 4.0, columns=3)
-    _perplexity_bars(left, results["perplexity"])
+    rows = results["perplexity"]
+    worst = {name: max(row["perplexity"] for row in rows[name]) for name in rows}
+    near = [name for name, value in worst.items() if value <= _FAR_OFF * min(worst.values())]
+    _perplexity_bars(left, {name: rows[name] for name in near})
     _speed_lines(middle, results["decode"], list(results["perplexity"]))
     _cache_lines(right, results["decode"], list(results["perplexity"]))
     return _save(figure, path)
@@ -127,7 +134,7 @@ def _perplexity_bars(axes, rows) -> None:
     finite = [v for row in values.values() for v in row if math.isfinite(v)]
     _bars(axes, labels, values, "{:.4g}")
     # A model before its training can be off by orders of magnitude; a line would hide the rest.
-    if finite and max(finite) > 8 * min(finite):
+    if finite and max(finite) > _FAR_OFF * min(finite):
         _log_scale(axes)
         axes.set_ylim(0.5 * min(finite), 3 * max(finite))
     axes.set_ylabel("perplexity, lower is better")
