@@ -81,7 +81,7 @@ def test_stages_divide_the_tokens_by_what_the_model_keeps(ids):
         distill(student(config), ids[:8]) for config in (CONFIG, CONFIG.replace(window=0, sinks=0))
     )
     assert near.losses() == [] and len(near.losses("lm")) == 4
-    assert len(alone.losses()) == len(alone.losses("lm")) == 2
+    assert (len(alone.losses()), len(alone.losses("lm"))) == (1, 3)
     assert near.tokens == alone.tokens == ids[:8].numel()
 
 

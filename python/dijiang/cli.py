@@ -179,7 +179,7 @@ else:
             int | None,
             typer.Option(
                 help="Of these, attention transfer's; the rest trains prediction.",
-                show_default="none with a window or sinks, half without",
+                show_default="none with a window or sinks, a quarter without",
             ),
         ] = None,
         train: Annotated[

@@ -324,22 +324,26 @@ class _Demo:
 
     def _affordable_tokens(self, student: Student, model, rows) -> tuple[int, int]:
         """What fits into its time, and of that attention transfer's, by the pace on a copy."""
-        step, share = rows.shape[1], transfer_share(student.config)
-        seconds = 0.0  # of a step, each stage having its share of them
-        for part, transfer in ((share, 3 * step), (1.0 - share, 0)):
+        short = rows[:, : rows.shape[1] // 2]
+        tokens, share = 3 * short.shape[1], transfer_share(student.config)
+        seconds = 0.0  # of a token, each stage having its share of them
+        for part, transfer in ((share, tokens), (1.0 - share, 0)):
             if not part:
                 continue
             timed: list[dict[str, Any]] = []
             with self.reporter.stage("timing a training step"):
                 distill(
-                    copy.deepcopy(model), rows, tokens=3 * step, transfer_tokens=transfer,
-                    train=self.settings.train, calibrate=False, progress=timed.append,
+                    copy.deepcopy(model), short, tokens=tokens, transfer_tokens=transfer,
+                    batch_size=1, train=self.settings.train, calibrate=False,
+                    progress=timed.append,
                 )  # fmt: skip
             # The first step allocates and plans: the later ones are the pace.
-            seconds += part * (timed[-1]["seconds"] - timed[0]["seconds"]) / (len(timed) - 1)
-        steps = max(4, int(student.share * self.plan.train_seconds / seconds))
+            spent = timed[-1]["seconds"] - timed[0]["seconds"]
+            seconds += part * spent / (timed[-1]["tokens"] - timed[0]["tokens"])
+        step = 2 * rows.shape[1]  # distill's batch size
+        steps = max(4, int(student.share * self.plan.train_seconds / seconds / step))
         # Three times through the text at most: more would learn it by heart.
-        steps = min(steps, 3 * len(rows))
+        steps = min(steps, 3 * rows.numel() // step)
         return steps * step, int(share * steps) * step
 
     def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> None:

@@ -50,16 +50,16 @@ def transfer_share(config) -> float:
     Near keys carry the model through KL from the first step, and moving the attention's own weights
     is then the better use of few tokens; far keys alone predict nothing before transfer.
     """
-    return 0.0 if config.window or config.sinks else 0.5
+    return 0.0 if config.window or config.sinks else 0.25
 
 
 def distill(
     model, data, *, tokens: int | None = None, transfer_tokens: int | None = None,
     train: str = "attention", lm_weight: float = 0.0, kl_weight: float = 1.0, teacher=None,
-    length: int = 1024, batch_size: int = 1, gradient_accumulation_steps: int = 1,
-    learning_rate: float = 1e-2, lm_learning_rate: float | None = None, gate_rate: float = 20.0,
-    warmup_steps: int = 2, calibrate: bool = True, seed: int = 0, output_dir=None,
-    save_steps: int | None = None, resume: bool = False,
+    length: int = 1024, batch_size: int = 2, gradient_accumulation_steps: int = 1,
+    learning_rate: float = 1e-2, lm_learning_rate: float | None = None, kernel_rate: float = 5.0,
+    gate_rate: float = 20.0, warmup_steps: int = 2, calibrate: bool = True, seed: int = 0,
+    output_dir=None, save_steps: int | None = None, resume: bool = False,
     progress: bool | Callable[[dict], None] = True, trainer_arguments: Mapping | None = None,
 ) -> DistillResult:  # fmt: skip
     """Trains a converted model in place, on transformers' Trainer, in up to two stages.
@@ -78,15 +78,17 @@ def distill(
             list of lists (padded right where they differ), or a Dataset of {"input_ids": ...}.
         tokens: of both stages. None: the data once; more than the data: in epochs.
         transfer_tokens: of these, stage 1's. None: what was found best for a few ten thousand
-            tokens (see transfer_share): none with a window or sinks, half for far keys alone.
+            tokens (see transfer_share): none with a window or sinks, a quarter for far keys alone.
         train: what stage 2 trains: ``dijiang`` (what convert added), ``attention`` (the converted
             attention modules whole) or ``all``.
         teacher: stage 2's softmax model. None: the model itself in softmax mode while ``train`` is
             "dijiang", else a copy of it as it is now.
         batch_size, gradient_accumulation_steps, learning_rate, lm_learning_rate, warmup_steps,
-            seed: as in Trainer; the rate falls linearly to 0. lm_learning_rate None: 1e-3 for
-            ``dijiang``, 2e-4 otherwise.
-        gate_rate: the gates' learning rate, as a multiple of the others'.
+            seed: as in Trainer; the rate falls linearly to 0. learning_rate is stage 1's,
+            lm_learning_rate stage 2's: None: 2e-4 where near keys are kept and more than
+            ``dijiang`` trains, else 1e-3.
+        kernel_rate: stage 2's rate of what convert added, as a multiple of the other weights'.
+        gate_rate: that of the gates, likewise, in both stages.
         output_dir: where Trainer's checkpoints go (``stage1``, ``stage2``), every ``save_steps``
             and at each stage's end. ``resume``: goes on from the last one there.
         progress: True: a progress bar; or a function, called with each row of history.
@@ -156,36 +158,45 @@ def distill(
             if not _train_only(model, train):
                 raise ValueError("distill: nothing to train: window and sinks have no parameters")
             if lm_learning_rate is None:
-                lm_learning_rate = 1e-3 if train == "dijiang" else 2e-4
+                near = kernels[0].config.window or kernels[0].config.sinks
+                lm_learning_rate = 2e-4 if near and train != "dijiang" else 1e-3
             _stage(
                 _PredictionTrainer, "lm", "stage2", model, rows, lm_tokens, row_tokens,
                 shared | dict(learning_rate=lm_learning_rate), result, output_dir, save_steps,
                 resume, progress, trainer_arguments, teacher=teacher, lm_weight=lm_weight,
                 kl_weight=kl_weight, gate_rate=gate_rate,
+                kernel_rate=1.0 if train == "dijiang" else kernel_rate,
             )  # fmt: skip
     result.seconds = time.monotonic() - started
     return result
 
 
 class _KernelTrainer(Trainer):
-    """Trainer with a rate of its own for gates: logarithms of masses, they have far to go."""
+    """Trainer with rates of their own for what convert added, which is untrained.
 
-    def __init__(self, *args, gate_rate=1.0, **kwargs):
+    Gates most of all: logarithms of masses, they have far to go.
+    """
+
+    def __init__(self, *args, gate_rate=1.0, kernel_rate=1.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.gate_rate = gate_rate
+        self.gate_rate, self.kernel_rate = gate_rate, kernel_rate
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            gates, others = [], []
+            groups: dict[float, list] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    (gates if name.endswith(".dijiang.gate") else others).append(parameter)
-            groups = [{"params": others}] if others else []
-            if gates:
-                groups.append({"params": gates, "lr": self.args.learning_rate * self.gate_rate})
+                    groups.setdefault(self._rate(name), []).append(parameter)
+            rate = self.args.learning_rate
+            groups = [{"params": group, "lr": rate * by} for by, group in groups.items()]
             self.optimizer = optimizer(groups, **settings)
         return self.optimizer
+
+    def _rate(self, name: str) -> float:
+        if name.endswith(".dijiang.gate"):
+            return self.gate_rate
+        return self.kernel_rate if ".dijiang." in name else 1.0
 
 
 class _TransferTrainer(_KernelTrainer):
