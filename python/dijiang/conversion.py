@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -25,6 +24,7 @@ from .attention import (
 )
 from .cache import DiJiangCache
 from .config import DiJiangConfig
+from .evaluate import summed_loss
 from .modules import CLOSED, AttentionKernel
 
 _PROBE = "dijiang_probe"
@@ -132,7 +132,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def calibrate(
-    model: PreTrainedModel, ids, *, batch_size: int = 4, choose: bool = True
+    model: PreTrainedModel, ids, *, batch_size: int = 1, choose: bool = True
 ) -> PreTrainedModel:
     """Chooses each head's far gate by softmax attention's output on these tokens.
 
@@ -190,10 +190,8 @@ def _choose_gates(model, kernels, ids: Tensor, batch_size: int) -> None:
         shift_gates(shift)
         total = 0.0
         for rows in ids.split(batch_size):
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-            total += float(
-                F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-            )
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            total += sum(map(summed_loss, logits, rows[:, 1:]))
         losses.append(total)
     shift_gates(shifts[losses.index(min(losses))])
 

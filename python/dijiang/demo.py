@@ -95,7 +95,7 @@ class Plan:
 _STAGES = {"transfer": "attention transfer", "lm": "KL to the teacher"}
 
 # Shares of the time; what is left of 1 is for loading, calibrating, generating, decoding, plots.
-_PERPLEXITY, _RECALL, _TRAINING = 0.22, 0.10, 0.40
+_PERPLEXITY, _RECALL, _TRAINING = 0.27, 0.10, 0.40
 _MODELS = 6  # measured: the teacher, the window alone, two students before and after training
 
 
@@ -119,8 +119,8 @@ def run(settings: Settings, *, reporter=None, fresh: bool = False) -> dict[str, 
 def plan(settings: Settings, tokens_per_second: float) -> Plan:
     """Divides the time: more windows and trials on a faster machine, within sensible bounds."""
     seconds = 60.0 * settings.minutes
-    # A converted model's forward may cost somewhat more than the teacher's.
-    forward = tokens_per_second / (_MODELS * 1.3)
+    # A converted model's forward may cost a little more than the teacher's.
+    forward = tokens_per_second / (_MODELS * 1.1)
     eval_tokens = _PERPLEXITY * seconds * forward / len(settings.lengths)
     trials = _RECALL * seconds * forward / sum(distance + 40 for distance in settings.distances)
     longest = max(settings.lengths)
@@ -160,6 +160,7 @@ class _Demo:
         self.settings, self.reporter = settings, reporter
         self.out = Path(settings.out)
         self.stages = _Stages(self.out / "stages", fresh)
+        self.paces: dict[str, float] = {}
         self.corpus = data.load_text(settings.data)
         text = hashlib.sha256("\0".join((*self.corpus.train, *self.corpus.held_out)).encode())
         self.base = {
@@ -323,28 +324,35 @@ class _Demo:
         }
 
     def _affordable_tokens(self, student: Student, model, rows) -> tuple[int, int]:
-        """What fits into its time, and of that attention transfer's, by the pace on a copy."""
-        short = rows[:, : rows.shape[1] // 2]
-        tokens, share = 3 * short.shape[1], transfer_share(student.config)
-        seconds = 0.0  # of a token, each stage having its share of them
-        for part, transfer in ((share, tokens), (1.0 - share, 0)):
-            if not part:
-                continue
-            timed: list[dict[str, Any]] = []
-            with self.reporter.stage("timing a training step"):
-                distill(
-                    copy.deepcopy(model), short, tokens=tokens, transfer_tokens=transfer,
-                    batch_size=1, train=self.settings.train, calibrate=False,
-                    progress=timed.append,
-                )  # fmt: skip
-            # The first step allocates and plans: the later ones are the pace.
-            spent = timed[-1]["seconds"] - timed[0]["seconds"]
-            seconds += part * spent / (timed[-1]["tokens"] - timed[0]["tokens"])
+        """What fits into its time, and of that attention transfer's."""
+        share = transfer_share(student.config)
+        seconds = 0.0  # a token, each stage having its share of them
+        for stage, part in (("transfer", share), ("lm", 1.0 - share)):
+            if part:
+                seconds += part * self._pace(stage, model, rows)
         step = 2 * rows.shape[1]  # distill's batch size
         steps = max(4, int(student.share * self.plan.train_seconds / seconds / step))
         # Three times through the text at most: more would learn it by heart.
         steps = min(steps, 3 * rows.numel() // step)
         return steps * step, int(share * steps) * step
+
+    def _pace(self, stage: str, model, rows) -> float:
+        """Seconds a token of training takes, by a few short steps on a copy; timed once a run."""
+        if stage not in self.paces:
+            short = rows[:, : rows.shape[1] // 2]
+            tokens = 3 * short.shape[1]
+            timed: list[dict[str, Any]] = []
+            with self.reporter.stage("timing a training step"):
+                distill(
+                    copy.deepcopy(model), short, tokens=tokens,
+                    transfer_tokens=tokens if stage == "transfer" else 0, batch_size=1,
+                    train=self.settings.train, calibrate=False, progress=timed.append,
+                )  # fmt: skip
+            # The first step allocates and plans: the later ones are the pace.
+            first, last = timed[0], timed[-1]
+            spent = last["seconds"] - first["seconds"]
+            self.paces[stage] = spent / (last["tokens"] - first["tokens"])
+        return self.paces[stage]
 
     def _quality(self, name: str, key: Mapping, model: Callable[[], Any]) -> None:
         """Perplexity at each length and recall at each distance of one model."""

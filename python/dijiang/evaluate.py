@@ -80,7 +80,7 @@ def perplexity(
     losses = []
     for index, block in enumerate(blocks.to(device)):
         logits = model(input_ids=block[None], use_cache=False).logits[0]
-        losses.append(_negative_log_likelihood(logits[:-1], block[1:]) / (block.numel() - 1))
+        losses.append(summed_loss(logits[:-1], block[1:]) / (block.numel() - 1))
         del logits
         if progress:
             progress(index + 1, len(blocks))
@@ -238,8 +238,11 @@ def cache_bytes(cache) -> int:
     return sum(storages.values())
 
 
-def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Summed over tokens, in slices: a float32 copy of all logits would be the largest tensor."""
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Cross entropy of logits (n, vocabulary) summed over targets (n,), in float32.
+
+    In slices: a float32 copy of all logits would be the largest tensor.
+    """
     total = 0.0
     for piece, target in zip(logits.split(256), targets.split(256), strict=True):
         total += F.cross_entropy(piece.float(), target, reduction="sum").item()
