@@ -71,7 +71,7 @@ def test_teacher_and_distilled_figures_are_those_of_the_models(results, settings
     prose = data.tokenize(corpus.held_out, tokenizer)
     blocks = data.cut(prose, 64, blocks=results["plan"]["eval_tokens"] // 64)
     models = {demo.SOFTMAX: teacher}
-    for student in demo.students(settings.config):
+    for student in demo.students(settings.config, settings.train_length):
         models[student.after] = hub.from_pretrained(settings.out / student.folder)
     for name, model in models.items():
         again = evaluate.perplexity(model, blocks).perplexity

@@ -68,17 +68,19 @@ class Student:
     before: str
     after: str
     folder: str
+    length: int  # of a training row, one a step
     share: float  # of the training time
 
 
-def students(config: DiJiangConfig) -> list[Student]:
+def students(config: DiJiangConfig, length: int) -> list[Student]:
     """The model of `config`; where that has near keys too, also one of its far keys alone."""
     if config.feature_map is None or not (config.window or config.sinks):
-        return [Student(config, CONVERTED, DISTILLED, "model", 1.0)]
+        return [Student(config, CONVERTED, DISTILLED, "model", length, 1.0)]
     alone = config.replace(window=0, sinks=0)
     return [
-        Student(config, CONVERTED, DISTILLED, "model", 0.6),
-        Student(alone, LINEAR, LINEAR_DISTILLED, "model-far-alone", 0.4),
+        Student(config, CONVERTED, DISTILLED, "model", length, 0.6),
+        # So far from the teacher more steps are worth more than longer rows.
+        Student(alone, LINEAR, LINEAR_DISTILLED, "model-far-alone", length // 2, 0.4),
     ]
 
 
@@ -221,7 +223,8 @@ class _Demo:
         self._quality(SOFTMAX, self.base, lambda: self.teacher)
         window = {**self.base, "config": self.window_config.to_dict()}
         self._quality(WINDOW, window, lambda: self._converted(self.window_config))
-        trained = {s.after: self._student(s, planned) for s in students(settings.config)}
+        recipes = students(settings.config, settings.train_length)
+        trained = {s.after: self._student(s, planned) for s in recipes}
         main = trained[DISTILLED]
         key = main["key"]
         generated = get(
@@ -282,8 +285,8 @@ class _Demo:
         """Measures, trains and measures again; the trained model is made when it is asked for."""
         settings, folder = self.settings, self.out / student.folder
         before = {**self.base, "config": student.config.to_dict(), "lengths": settings.lengths}
-        key = {**before, "length": settings.train_length, "plan": planned, "train": settings.train}
-        key["share"] = student.share
+        key = {**before, "plan": planned, "train": settings.train}
+        key |= {"length": student.length, "share": student.share}
         fresh = cached(lambda: self._converted(student.config))
         self._quality(student.before, before, fresh)
         trained: list[Any] = []
@@ -300,7 +303,7 @@ class _Demo:
 
     def _train(self, student: Student, model, folder: Path) -> dict[str, Any]:
         settings = self.settings
-        rows = self.train_blocks(settings.train_length)
+        rows = self.train_blocks(student.length)
         tokens, transfer = self._affordable_tokens(student, model, rows)
         curve: list[dict[str, Any]] = []
         with self.reporter.stage(f"{student.after}: {tokens} tokens") as progress:
@@ -312,7 +315,7 @@ class _Demo:
 
             done = distill(
                 model, rows, tokens=tokens, transfer_tokens=transfer, train=settings.train,
-                seed=settings.seed, calibrate=False, progress=note,
+                batch_size=1, seed=settings.seed, calibrate=False, progress=note,
             )  # fmt: skip
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -330,7 +333,7 @@ class _Demo:
         for stage, part in (("transfer", share), ("lm", 1.0 - share)):
             if part:
                 seconds += part * self._pace(stage, model, rows)
-        step = 2 * rows.shape[1]  # distill's batch size
+        step = rows.shape[1]
         steps = max(4, int(student.share * self.plan.train_seconds / seconds / step))
         # Three times through the text at most: more would learn it by heart.
         steps = min(steps, 3 * rows.numel() // step)

@@ -56,7 +56,7 @@ def transfer_share(config) -> float:
 def distill(
     model, data, *, tokens: int | None = None, transfer_tokens: int | None = None,
     train: str = "attention", lm_weight: float = 0.0, kl_weight: float = 1.0, teacher=None,
-    length: int = 1024, batch_size: int = 2, gradient_accumulation_steps: int = 1,
+    length: int = 1024, batch_size: int = 1, gradient_accumulation_steps: int = 1,
     learning_rate: float = 1e-2, lm_learning_rate: float | None = None, kernel_rate: float = 5.0,
     gate_rate: float = 20.0, warmup_steps: int = 2, calibrate: bool = True, seed: int = 0,
     output_dir=None, save_steps: int | None = None, resume: bool = False,

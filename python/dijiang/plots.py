@@ -89,6 +89,7 @@ def training(rows: Sequence[Mapping], path: str | Path) -> Path:
         if min(losses) > 0:
             _log_scale(axis)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel("loss (faint: each step, bold: smoothed)")
         axis.set_title(stage)
         _grid(axis)
