@@ -171,14 +171,10 @@ cudaError_t linear_attention_backward(const LinearAttentionBackwardParams& param
   b.forward.params.final = AttentionState{};  // the scan must not write it
   if (b.forward.params.num_seqs == 0) return cudaSuccess;
   switch (params.forward.dtype) {
-    case DType::kFloat32:
-      return backward_kind<float>(b, stream);
-    case DType::kBFloat16:
-      return backward_kind<__nv_bfloat16>(b, stream);
-    case DType::kFloat16:
-      return backward_kind<__half>(b, stream);
-    default:
-      return cudaErrorNotSupported;
+    case DType::kFloat32: return backward_kind<float>(b, stream);
+    case DType::kBFloat16: return backward_kind<__nv_bfloat16>(b, stream);
+    case DType::kFloat16: return backward_kind<__half>(b, stream);
+    default: return cudaErrorNotSupported;
   }
 }
 

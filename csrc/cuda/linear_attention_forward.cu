@@ -556,14 +556,10 @@ cudaError_t linear_attention_forward(const LinearAttentionParams& params, void* 
   const Attention a = plan_attention(params, arena);
   if (a.params.num_seqs == 0) return cudaSuccess;
   switch (params.dtype) {
-    case DType::kFloat32:
-      return forward_kind<float>(a, stream);
-    case DType::kBFloat16:
-      return forward_kind<__nv_bfloat16>(a, stream);
-    case DType::kFloat16:
-      return forward_kind<__half>(a, stream);
-    default:
-      return cudaErrorNotSupported;
+    case DType::kFloat32: return forward_kind<float>(a, stream);
+    case DType::kBFloat16: return forward_kind<__nv_bfloat16>(a, stream);
+    case DType::kFloat16: return forward_kind<__half>(a, stream);
+    default: return cudaErrorNotSupported;
   }
 }
 

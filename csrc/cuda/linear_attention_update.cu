@@ -322,14 +322,10 @@ cudaError_t launch_update_kind(const LinearAttentionParams& p, cudaStream_t stre
 cudaError_t linear_attention_update(const LinearAttentionParams& params, cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   switch (params.dtype) {
-    case DType::kFloat32:
-      return launch_update_kind<float>(params, stream);
-    case DType::kBFloat16:
-      return launch_update_kind<__nv_bfloat16>(params, stream);
-    case DType::kFloat16:
-      return launch_update_kind<__half>(params, stream);
-    default:
-      return cudaErrorNotSupported;
+    case DType::kFloat32: return launch_update_kind<float>(params, stream);
+    case DType::kBFloat16: return launch_update_kind<__nv_bfloat16>(params, stream);
+    case DType::kFloat16: return launch_update_kind<__half>(params, stream);
+    default: return cudaErrorNotSupported;
   }
 }
 

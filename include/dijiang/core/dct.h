@@ -13,13 +13,13 @@ namespace dijiang {
 
 struct DctParams {
   DType dtype = DType::kFloat32;
-  int type = 2;              // 2 or 3
-  int64_t n = 0;             // length of the transform
-  ConstView x;               // (batch, heads, seqlen, n): rows in up to three strided dimensions
+  int type = 2;   // 2 or 3
+  int64_t n = 0;  // length of the transform
+  ConstView x;    // (batch, heads, seqlen, n): rows in up to three strided dimensions
   int64_t batch = 1;
   int64_t heads = 1;
   int64_t seqlen = 0;
-  void* out = nullptr;       // dtype, contiguous
+  void* out = nullptr;  // dtype, contiguous
 };
 
 namespace cpu {

@@ -55,7 +55,7 @@ struct LinearAttentionParams {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;  // divides num_heads; head h reads kv head h / (num_heads/num_kv_heads)
   int64_t seqlen = 0;
-  int64_t headdim = 0;       // last dim of q and k; equals num_features for kGiven
+  int64_t headdim = 0;  // last dim of q and k; equals num_features for kGiven
   int64_t headdim_v = 0;
   int64_t num_features = 0;  // 0: no far term at all (window and sinks alone)
 
@@ -69,7 +69,7 @@ struct LinearAttentionParams {
   int64_t window = 0;  // block size w; near = own block and the one before. 0: no window
   int64_t sinks = 0;   // the first `sinks` tokens of a sequence stay exact
   bool normalize = true;
-  double eps = 0.0;    // added to the true (unscaled) denominator
+  double eps = 0.0;  // added to the true (unscaled) denominator
 
   // log g_t <= 0: Acc (batch, kv heads, seqlen) with strides in elements (0 where shared); null: 0
   const void* log_decay = nullptr;
@@ -85,7 +85,7 @@ struct LinearAttentionParams {
   AttentionState initial;  // kv null: empty. Never written
   AttentionState final;    // kv null (or, with num_features = 0, length null): not wanted
 
-  void* out = nullptr;        // dtype (batch, num_heads, seqlen, headdim_v), contiguous
+  void* out = nullptr;  // dtype (batch, num_heads, seqlen, headdim_v), contiguous
   // The exact denominator is row_sum * 2^row_scale, row_scale whole and row_sum in [1, 2);
   // row_sum = +inf marks a row without any weight (its output is 0). normalize = false: 1 and 0.
   void* row_scale = nullptr;  // Acc (batch, num_heads, seqlen); null: not wanted
@@ -102,15 +102,15 @@ struct LinearAttentionBackwardParams {
   const void* final_z = nullptr;        //   grad_final_* are given
   const void* final_log_scale = nullptr;
 
-  void* grad_q = nullptr;          // dtype (batch, num_heads, seqlen, headdim), contiguous
-  void* grad_k = nullptr;          // dtype (batch, num_kv_heads, seqlen, headdim), contiguous
-  void* grad_v = nullptr;          // dtype (batch, num_kv_heads, seqlen, headdim_v), contiguous
-  FeatureGrads grad_fq;            // summed over batch and sequences; null members: not wanted
+  void* grad_q = nullptr;  // dtype (batch, num_heads, seqlen, headdim), contiguous
+  void* grad_k = nullptr;  // dtype (batch, num_kv_heads, seqlen, headdim), contiguous
+  void* grad_v = nullptr;  // dtype (batch, num_kv_heads, seqlen, headdim_v), contiguous
+  FeatureGrads grad_fq;    // summed over batch and sequences; null members: not wanted
   FeatureGrads grad_fk;
-  void* grad_log_decay = nullptr;  // Acc (batch, num_kv_heads, seqlen), contiguous; null: no decay
+  void* grad_log_decay = nullptr;   // Acc (batch, num_kv_heads, seqlen), contiguous; null: no decay
   void* grad_initial_kv = nullptr;  // Acc, as initial.kv; null: not wanted
   void* grad_initial_z = nullptr;
-  void* workspace = nullptr;       // *_backward_workspace bytes
+  void* workspace = nullptr;  // *_backward_workspace bytes
 };
 
 namespace cpu {
