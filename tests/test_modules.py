@@ -107,3 +107,32 @@ def test_needs_no_transformers():
         "dijiang.DiJiangConfig; assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_kept_features_follow_their_parameters():
+    """Decoding computes them once, and again when a parameter or the device of it changes."""
+    layer = KernelizedAttention(32, 4, num_kv_heads=2, config=DiJiangConfig(window=4, gate=0.0))
+    kernel, x = layer.kernel.eval(), torch.randn(1, 9, 32)
+
+    def made():
+        return None if kernel._kept is None else kernel._kept[1][0].omega
+
+    with torch.no_grad():
+        _, state = layer(x[:, :7], return_state=True)
+        first = made()
+        layer(x[:, 7:8], state=state, return_state=True)
+        assert made() is first
+        kernel.features_q.matrix.mul_(2)
+        layer(x[:, 8:], state=state, return_state=True)
+        torch.testing.assert_close(made(), 2 * first)
+        kernel.features_q.matrix.data = kernel.features_q.matrix.data / 2
+        layer(x[:, 8:], state=state, return_state=True)
+        torch.testing.assert_close(made(), first)
+        kernel.features_q.matrix.data.mul_(3)  # leaves version and address: the next prompt sees it
+        layer(x[:, :7], return_state=True)
+        torch.testing.assert_close(made(), 3 * first)
+    layer.train()
+    assert made() is None
+    whole = layer(x)
+    whole.sum().backward()
+    assert kernel.features_q.matrix.grad is not None and made() is None

@@ -50,6 +50,7 @@ class AttentionKernel(nn.Module):
         # Set from outside for the length of a forward: see attention.py.
         self.mode = "student"
         self.cache_layer = self.hidden = self.loss = self.calibration = None
+        self._kept = None  # see _kept_feature_params
 
         self.features_q = self.features_k = self.gate = None
         if config.feature_map is not None:
@@ -114,6 +115,27 @@ class AttentionKernel(nn.Module):
             fq = fq._replace(log_weight=log_weight)
         return fq, fk
 
+    def _kept_feature_params(self, dtype, refresh: bool):
+        """feature_params for decoding: made once a generation, not once a token.
+
+        Kept until a longer input comes (``refresh``) or a parameter changes, which its version and
+        address tell; a write through ``.data`` keeps both, but does not come between two tokens.
+        """
+        maps = [x for x in (self.features_q, self.features_k) if x is not None]
+        tensors = [x for m in maps for x in m._parameters.values() if x is not None]
+        if self.gate is not None:
+            tensors.append(self.gate)
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
+            return self.feature_params(dtype)
+        key = (dtype, [(x.data_ptr(), x._version) for x in tensors])
+        if refresh or self._kept is None or self._kept[0] != key:
+            self._kept = key, self.feature_params(dtype)
+        return self._kept[1]
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
+
     def log_decay(self, hidden: Tensor | None, dtype=torch.float32) -> Tensor | None:
         """(kv_heads,), (batch, kv_heads, seqlen), or None; <= 0."""
         if self.decay is not None:
@@ -136,7 +158,10 @@ class AttentionKernel(nn.Module):
     ):  # fmt: skip
         """Attends; with return_state also gives the state, which one token updates in place."""
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        fq, fk = self.feature_params(acc)
+        if return_state and not torch.is_grad_enabled():
+            fq, fk = self._kept_feature_params(acc, refresh=q.shape[2] > 1)
+        else:
+            fq, fk = self.feature_params(acc)
         settings = dict(
             scale=self.scale, window=self.config.window, sinks=self.config.sinks,
             log_decay=self.log_decay(hidden, acc), normalize=self.config.normalize,
