@@ -291,10 +291,11 @@ class BackwardKeys {
     for (int64_t t0 = tokens.begin; t0 < tokens.end; t0 += kTile) {
       const int64_t rows = tokens.end - t0 < kTile ? tokens.end - t0 : kTile;
       const QueryTile<Acc>& tile = queries(g, t0, rows);
+      const Causal wanted{Causal::kResult, t0 - token_}, lower{Causal::kLeft, t0 - token_};
       gemm<kPlain, kTransposed, kAssign>(rows, rows_, dp_, tile.scaled_q, dp_, keys_, dp_, weights_,
-                                         kTile);
+                                         kTile, wanted);
       gemm<kPlain, kTransposed, kAssign>(rows, rows_, vp_, tile.grad, vp_, values_, vp_,
-                                         grad_weights_, kTile);
+                                         grad_weights_, kTile, wanted);
       const Acc factor = static_cast<Acc>(p_.scale);
       for (int64_t t = 0; t < rows; ++t) {
         const int64_t after = t0 + t - token_ + 1;
@@ -310,8 +311,9 @@ class BackwardKeys {
         fill(weight + visible, kTile - visible, Acc(0));
         fill(grad + visible, kTile - visible, Acc(0));
       }
-      gemm<kTransposed, kPlain>(rows_, dp_, rows, grad_weights_, kTile, tile.q, dp_, dk_, dp_);
-      gemm<kTransposed, kPlain>(rows_, vp_, rows, weights_, kTile, tile.grad, vp_, dv_, vp_);
+      gemm<kTransposed, kPlain>(rows_, dp_, rows, grad_weights_, kTile, tile.q, dp_, dk_, dp_,
+                                lower);
+      gemm<kTransposed, kPlain>(rows_, vp_, rows, weights_, kTile, tile.grad, vp_, dv_, vp_, lower);
     }
   }
 
@@ -433,9 +435,11 @@ class BackwardKeys {
       }
       if (tile.inverse[t] == 0) fill(fq_ + t * mp_, mp_, Acc(0));
     }
-    gemm<kPlain, kTransposed, kAssign>(rows_, rows_, mp_, fq_, mp_, fk_, mp_, weights_, kTile);
+    const Causal wanted{Causal::kResult, 0}, lower{Causal::kLeft, 0};
+    gemm<kPlain, kTransposed, kAssign>(rows_, rows_, mp_, fq_, mp_, fk_, mp_, weights_, kTile,
+                                       wanted);
     gemm<kPlain, kTransposed, kAssign>(rows_, rows_, vp_, tile.grad, vp_, values_, vp_,
-                                       grad_weights_, kTile);
+                                       grad_weights_, kTile, wanted);
     for (int64_t t = 0; t < rows_; ++t) {
       Acc* weight = weights_ + t * kTile;
       Acc* grad = grad_weights_ + t * kTile;
@@ -448,8 +452,8 @@ class BackwardKeys {
       fill(weight + t + 1, kTile - t - 1, Acc(0));
       fill(grad + t + 1, kTile - t - 1, Acc(0));
     }
-    gemm<kTransposed, kPlain>(rows_, mp_, rows_, grad_weights_, kTile, fq_, mp_, da_, mp_);
-    gemm<kTransposed, kPlain>(rows_, vp_, rows_, weights_, kTile, tile.grad, vp_, dv_, vp_);
+    gemm<kTransposed, kPlain>(rows_, mp_, rows_, grad_weights_, kTile, fq_, mp_, da_, mp_, lower);
+    gemm<kTransposed, kPlain>(rows_, vp_, rows_, weights_, kTile, tile.grad, vp_, dv_, vp_, lower);
   }
 
   // The mirror image of BackwardQueries::chunk_spreads, over all heads of the group.

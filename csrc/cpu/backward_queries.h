@@ -91,14 +91,15 @@ class BackwardQueries {
     if (sinks + window == 0) return;
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
     constexpr Result kAssign = Result::kAssign;
+    const Causal wanted{Causal::kResult, window - rows}, lower{Causal::kLeft, window - rows};
     gemm<kPlain, kTransposed, kAssign>(rows, sinks, dp, queries_.scaled_q, dp, walk_.sink_keys, dp,
                                        weights_, stride);
     gemm<kPlain, kTransposed, kAssign>(rows, window, dp, queries_.scaled_q, dp, walk_.window_keys,
-                                       dp, weights_ + sinks, stride);
+                                       dp, weights_ + sinks, stride, wanted);
     gemm<kPlain, kTransposed, kAssign>(rows, sinks, vp, queries_.grad, vp, walk_.sink_values, vp,
                                        grad_weights_, stride);
     gemm<kPlain, kTransposed, kAssign>(rows, window, vp, queries_.grad, vp, walk_.window_values, vp,
-                                       grad_weights_ + sinks, stride);
+                                       grad_weights_ + sinks, stride, wanted);
     for (int64_t t = 0; t < rows; ++t) {
       Acc* weight = weights_ + t * stride;
       Acc* grad = grad_weights_ + t * stride;
@@ -115,7 +116,7 @@ class BackwardQueries {
     }
     gemm<kPlain, kPlain>(rows, dp, sinks, grad_weights_, stride, walk_.sink_keys, dp, dq_, dp);
     gemm<kPlain, kPlain>(rows, dp, window, grad_weights_ + sinks, stride, walk_.window_keys, dp,
-                         dq_, dp);
+                         dq_, dp, lower);
     gemm<kTransposed, kPlain>(sinks, dp, rows, grad_weights_, stride, queries_.q, dp, sink_dk, dp);
     gemm<kTransposed, kPlain>(sinks, vp, rows, weights_, stride, queries_.grad, vp, sink_dv, vp);
   }
@@ -183,8 +184,9 @@ class BackwardQueries {
     const bool spread = kGiven && chunk_spreads();
     Acc factor[kTile] = {};
     bool exact[kTile];
-    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
-        rows, rows, vp, queries_.grad, vp, walk_.tile_values, vp, far_, kTile);
+    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(rows, rows, vp, queries_.grad, vp,
+                                                                 walk_.tile_values, vp, far_, kTile,
+                                                                 {Causal::kResult, 0});
     for (int64_t t = 0; t < rows; ++t) {
       factor[t] = std::exp2(static_cast<Acc>(walk_.decay_to(t))) * queries_.inverse[t];
       Acc* row = far_ + t * kTile;
@@ -194,7 +196,8 @@ class BackwardQueries {
       if (exact[t] || !walk_.has_decay) continue;
       for (int64_t s = 0; s <= t; ++s) row[s] *= walk_.mask[t * kTile + s];
     }
-    gemm<Operand::kPlain, Operand::kPlain>(rows, mp, rows, far_, kTile, walk_.fk, mp, db_, mp);
+    gemm<Operand::kPlain, Operand::kPlain>(rows, mp, rows, far_, kTile, walk_.fk, mp, db_, mp,
+                                           {Causal::kLeft, 0});
     add_state(walk_.chunk_kv, walk_.chunk_z, factor);
     for (int64_t t = 0; t < rows; ++t) {
       if (exact[t]) {

@@ -41,34 +41,82 @@ DIJIANG_INLINE void gemm_block(bool add, int64_t depth, const T* a, int64_t a_ro
   }
 }
 
+// Rows [i, i + R) of A have zeros outside the depths [i - skip, i + R + reach).
+struct DepthRange {
+  static constexpr int64_t kAll = int64_t{1} << 40;
+  int64_t skip = kAll, reach = kAll;
+};
+
+template <int R, typename T>
+DIJIANG_INLINE void gemm_rows(int64_t i, bool add, int64_t depth, const T* a, int64_t a_row,
+                              int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
+                              DepthRange range) {
+  const int64_t begin = i > range.skip ? i - range.skip : 0;
+  const int64_t end = i + R + range.reach < depth ? i + R + range.reach : depth;
+  gemm_block<R>(add, end - begin, a + i * a_row + begin * a_depth, a_row, a_depth,
+                b + begin * b_row, b_row, c + i * c_row, c_row);
+}
+
 // All rows of one panel of kGemmCols columns.
 template <typename T>
 inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_t a_row,
-                       int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row) {
+                       int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
+                       DepthRange range) {
   int64_t i = 0;
   for (; i + kGemmRows <= rows; i += kGemmRows) {
-    gemm_block<kGemmRows>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row,
-                          c_row);
+    gemm_rows<kGemmRows>(i, add, depth, a, a_row, a_depth, b, b_row, c, c_row, range);
   }
   for (; i + 4 <= rows; i += 4) {
-    gemm_block<4>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_rows<4>(i, add, depth, a, a_row, a_depth, b, b_row, c, c_row, range);
   }
   for (; i + 2 <= rows; i += 2) {
-    gemm_block<2>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_rows<2>(i, add, depth, a, a_row, a_depth, b, b_row, c, c_row, range);
   }
   for (; i < rows; ++i) {
-    gemm_block<1>(add, depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row);
+    gemm_rows<1>(i, add, depth, a, a_row, a_depth, b, b_row, c, c_row, range);
+  }
+}
+
+// panel (depth x kGemmCols) = B^T for n <= kGemmCols rows of B, zeros after them.
+template <typename T>
+inline void turn_panel(const T* b, int64_t b_stride, int64_t n, int64_t depth, T* panel) {
+  constexpr int L = kLanes<T>, N = kGemmCols<T>;
+  for (int64_t j = 0; j < N; j += L) {
+    int64_t p = 0;
+    for (; p + L <= depth; p += L) {
+      Vec<T> square[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) {
+        square[l] = j + l < n ? load(b + (j + l) * b_stride + p) : Vec<T>{};
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) store(panel + (p + l) * N + j, square[l]);
+    }
+    for (; p < depth; ++p) {
+      for (int64_t l = 0; l < L; ++l) {
+        panel[p * N + j + l] = j + l < n ? b[(j + l) * b_stride + p] : T(0);
+      }
+    }
   }
 }
 
 enum class Operand { kPlain, kTransposed };
 enum class Result { kAdd, kAssign };
 
+// What a product of causal weights, (queries x keys), may leave out: keys later than first + i for
+// query i. kResult: C is such weights, and those elements are not wanted (some are written). kLeft:
+// A, as it is stored, is, and they are zero.
+struct Causal {
+  enum Kind { kNo, kResult, kLeft } kind = kNo;
+  int64_t first = 0;
+};
+
 // C (rows x cols, row stride c_row) = or += op(A) op(B). Plain A is (rows x depth), transposed A is
 // stored (depth x rows); plain B is (depth x cols), transposed B is stored (cols x depth).
 template <Operand kA, Operand kB, Result kResult = Result::kAdd, typename T>
 void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
-          int64_t b_stride, T* c, int64_t c_stride) {
+          int64_t b_stride, T* c, int64_t c_stride, Causal causal = {}) {
   constexpr int64_t kDepth = 256;  // a turned panel of B stays in the first-level cache
   constexpr int N = kGemmCols<T>;
   const int64_t a_row = kA == Operand::kPlain ? a_stride : 1;
@@ -82,16 +130,18 @@ void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_strid
   for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
     const bool add = kResult == Result::kAdd || p0 > 0;
     const int64_t dp = depth - p0 < kDepth ? depth - p0 : kDepth;
-    const T* ap = a + p0 * a_depth;
+    DepthRange range;
+    if (causal.kind == Causal::kLeft && kA == Operand::kPlain) range.reach = causal.first - p0;
+    if (causal.kind == Causal::kLeft && kA == Operand::kTransposed) range.skip = causal.first + p0;
     for (int64_t j = 0; j < cols; j += N) {
       const int64_t n = cols - j < N ? cols - j : N;
+      int64_t i0 = causal.kind == Causal::kResult && j > causal.first ? j - causal.first : 0;
+      if (i0 > rows) i0 = rows;
+      const T* ap = a + i0 * a_row + p0 * a_depth;
       const T* bp = panel;
       int64_t b_row = N;
       if constexpr (kB == Operand::kTransposed) {
-        for (int64_t jj = 0; jj < N; ++jj) {
-          const T* source = b + (j + jj) * b_stride + p0;
-          for (int64_t p = 0; p < dp; ++p) panel[p * N + jj] = jj < n ? source[p] : T(0);
-        }
+        turn_panel(b + j * b_stride + p0, b_stride, n, dp, panel);
       } else if (n == N) {
         bp = b + p0 * b_stride + j;
         b_row = b_stride;
@@ -103,17 +153,19 @@ void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_strid
         }
       }
       if (n == N) {
-        gemm_panel(add, rows, dp, ap, a_row, a_depth, bp, b_row, c + j, c_stride);
+        gemm_panel(add, rows - i0, dp, ap, a_row, a_depth, bp, b_row, c + i0 * c_stride + j,
+                   c_stride, range);
         continue;
       }
       // Too narrow for whole vectors: through a strip of its own, a few rows at a time.
       alignas(64) T strip[kGemmRows * N];
-      for (int64_t i = 0; i < rows; i += kGemmRows) {
-        const int64_t r = rows - i < kGemmRows ? rows - i : kGemmRows;
-        gemm_panel(false, r, dp, ap + i * a_row, a_row, a_depth, bp, b_row, strip, int64_t{N});
+      for (int64_t i = 0; i < rows - i0; i += kGemmRows) {
+        const int64_t r = rows - i0 - i < kGemmRows ? rows - i0 - i : kGemmRows;
+        gemm_panel(false, r, dp, ap + i * a_row, a_row, a_depth, bp, b_row, strip, int64_t{N},
+                   DepthRange{range.skip - i, range.reach + i});
         for (int64_t ii = 0; ii < r; ++ii) {
           for (int64_t jj = 0; jj < n; ++jj) {
-            T& at = c[(i + ii) * c_stride + j + jj];
+            T& at = c[(i0 + i + ii) * c_stride + j + jj];
             at = strip[ii * N + jj] + (add ? at : T(0));
           }
         }

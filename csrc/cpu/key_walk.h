@@ -263,7 +263,19 @@ class KeyWalk {
   }
 
   void leave_tile() {
-    if (intra) fold(rows, log_decay_ + offset_, tile_values);
+    if (!intra) return;
+    if (has_decay) return fold(rows, log_decay_ + offset_, tile_values);
+    // Without decay the chunk's scale is the state's next one.
+    std::swap(state.kv, chunk_kv);
+    std::swap(state.z, chunk_z);
+    std::swap(state.log_scale, top);
+    for (int64_t s = 0; s < rows; ++s) {
+      for (int64_t i = 0; i < mp; i += kLanes<Acc>) {
+        store(state.z + i, load(state.z + i) + load(fk + s * mp + i));
+      }
+    }
+    gemm<Operand::kTransposed, Operand::kPlain>(mp, vp, rows, fk, mp, tile_values, vp, state.kv,
+                                                vp);
   }
 
   // Folds n keys with the exponents a; log_decay is log2 of each token's own decay.

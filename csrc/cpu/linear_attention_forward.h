@@ -96,6 +96,9 @@ class LinearAttentionForward {
     write_rows(g);
   }
 
+  // Row t sees the columns of the window up to window_first() + t.
+  int64_t window_first() const { return walk_.window_columns - walk_.rows; }
+
   // near_ = q.k scale log2 e, sinks first, then the window.
   void near_scores() {
     const int64_t rows = walk_.rows, dp = walk_.dp;
@@ -106,7 +109,7 @@ class LinearAttentionForward {
         rows, walk_.sink_columns, dp, scaled_q_, dp, walk_.sink_keys, dp, near_, near_stride_);
     gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
         rows, walk_.window_columns, dp, scaled_q_, dp, walk_.window_keys, dp,
-        near_ + walk_.sink_columns, near_stride_);
+        near_ + walk_.sink_columns, near_stride_, {Causal::kResult, window_first()});
   }
 
   // r_t, a whole exponent above every term of row t.
@@ -147,19 +150,19 @@ class LinearAttentionForward {
       den_[t] = row_sum(row, visible);
     }
     if (columns == 0) return;
-    multiply_visible(near_, near_stride_, walk_.sink_columns, 0, walk_.sink_values);
+    multiply_visible(near_, near_stride_, walk_.sink_columns, 0, walk_.sink_values, {});
     multiply_visible(near_, near_stride_, walk_.window_columns, walk_.sink_columns,
-                     walk_.window_values);
+                     walk_.window_values, {Causal::kLeft, window_first()});
   }
 
   // num += weights[:, first : first + count] values. A value that is not finite must not reach the
   // rows that do not see it: 0 times it is not 0.
   void multiply_visible(const Acc* weights, int64_t stride, int64_t count, int64_t first,
-                        const Acc* values) {
+                        const Acc* values, Causal causal) {
     const int64_t vp = walk_.vp;
     if (values_finite_) {
       gemm<Operand::kPlain, Operand::kPlain>(walk_.rows, vp, count, weights + first, stride, values,
-                                             vp, num_, vp);
+                                             vp, num_, vp, causal);
       return;
     }
     for (int64_t t = 0; t < walk_.rows; ++t) {
@@ -186,15 +189,15 @@ class LinearAttentionForward {
           store(fq_ + t * mp + i, F::scaled(load(b_ + t * mp + i), load(scale + i), -r));
         }
       }
-      gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(rows, rows, mp, fq_, mp,
-                                                                   walk_.fk, mp, far_, kTile);
+      gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
+          rows, rows, mp, fq_, mp, walk_.fk, mp, far_, kTile, {Causal::kResult, 0});
       for (int64_t t = 0; t < rows; ++t) {
         Acc* row = far_ + t * kTile;
         for (int64_t s = 0; walk_.has_decay && s <= t; ++s) row[s] *= walk_.mask[t * kTile + s];
         fill(row + t + 1, kTile - t - 1, Acc(0));
         den_[t] += row_sum(row, t + 1);
       }
-      multiply_visible(far_, kTile, rows, 0, walk_.tile_values);
+      multiply_visible(far_, kTile, rows, 0, walk_.tile_values, {Causal::kLeft, 0});
     }
     for (int64_t t = 0; t < rows; ++t) {
       const Decay<Acc> decay(walk_.decay_to(t), -scale_[t]);

@@ -41,6 +41,38 @@ DIJIANG_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+// Of two rows of a square of lanes, swaps the off-diagonal blocks of kBlock lanes.
+template <int kBlock, typename T, size_t... kLane>
+DIJIANG_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::index_sequence<kLane...>) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  const Vec<T> upper =
+      __builtin_shufflevector(a, b, (kLane & kBlock ? L + kLane - kBlock : kLane)...);
+  const Vec<T> lower =
+      __builtin_shufflevector(a, b, (kLane & kBlock ? L + kLane : kLane + kBlock)...);
+#else
+  using Lanes = typename VecOf<T>::bits;
+  const Vec<T> upper =
+      __builtin_shuffle(a, b, Lanes{(kLane & kBlock ? L + kLane - kBlock : kLane)...});
+  const Vec<T> lower =
+      __builtin_shuffle(a, b, Lanes{(kLane & kBlock ? L + kLane : kLane + kBlock)...});
+#endif
+  a = upper;
+  b = lower;
+}
+
+// Turns a square of lanes about its diagonal, by blocks of half, a quarter, ... of its side.
+template <typename T, int kBlock = kLanes<T> / 2>
+DIJIANG_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((i & kBlock) == 0) {
+      swap_blocks<kBlock, T>(rows[i], rows[i + kBlock], std::make_index_sequence<kLanes<T>>{});
+    }
+  }
+  if constexpr (kBlock > 1) transpose<T, kBlock / 2>(rows);
+}
+
 // max and min keep a: a NaN in b is passed over, a NaN in a stays.
 template <typename V>
 DIJIANG_INLINE V max(V a, V b) {

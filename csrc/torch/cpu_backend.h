@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/sequence_split.h"
 #include "dijiang/core/dct.h"
 #include "dijiang/core/feature_map.h"
 #include "dijiang/core/linear_attention.h"
@@ -33,8 +34,10 @@ struct CpuBackend {
   }
 
   static void attention_forward(const LinearAttentionParams& p, const Tensor&) {
-    over_tasks(cpu::linear_attention_num_tasks(p),
-               [&](int64_t begin, int64_t end) { cpu::linear_attention_forward(p, begin, end); });
+    const cpu::SequenceSplit split(p, torch::stable::get_num_threads());
+    over_tasks(split.num_state_tasks(),
+               [&](int64_t begin, int64_t end) { split.run_states(begin, end); });
+    over_tasks(split.num_tasks(), [&](int64_t begin, int64_t end) { split.run(begin, end); });
   }
 
   static void attention_backward(LinearAttentionBackwardParams& p, const Tensor& like) {

@@ -1,8 +1,11 @@
 // A reference::Problem as the kernels take it: tensors in a dtype, a parameter struct, the runs.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cpu/dtype.h"
@@ -264,6 +267,38 @@ inline Problem random_problem(Problem p, bool decay = false, bool state = false,
     p.z = normal(p.num_seqs() * p.kv_heads * p.m, 1, true);
   }
   return p;
+}
+
+inline std::string describe(const Problem& p, DType dtype) {
+  return "kind " + std::to_string(int(p.kind)) + " dtype " + std::to_string(int(dtype)) +
+         " window " + std::to_string(p.window) + " sinks " + std::to_string(p.sinks) + " groups " +
+         std::to_string(p.groups()) + " seqlen " + std::to_string(p.seqlen) + " m " +
+         std::to_string(p.m) + " decay " + std::to_string(!p.log_decay.empty()) + " state " +
+         std::to_string(!p.kv.empty()) + " normalize " + std::to_string(p.normalize);
+}
+
+inline double largest(const Array& x) {
+  double top = 0;
+  for (double e : x) top = std::max(top, std::abs(e));
+  return top;
+}
+
+// |got - want| <= tolerance * (1 + the largest |want|), NaN fails. Beyond the range of a float16
+// both are infinite.
+inline void expect_close(const Array& got, const Array& want, double tolerance,
+                         const std::string& what, DType dtype = DType::kFloat64) {
+  ASSERT_EQ(got.size(), want.size()) << what;
+  const double allowed = tolerance * (1 + largest(want));
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (got[i] == want[i]) continue;  // infinities too
+    if (dtype == DType::kFloat16 && std::abs(want[i]) > 65504 && got[i] * want[i] > 0) {
+      ASSERT_TRUE(std::isinf(got[i])) << what << ", element " << i << ": want " << want[i];
+      continue;
+    }
+    ASSERT_LE(std::abs(got[i] - want[i]), allowed)
+        << what << ", element " << i << ": got " << got[i] << ", want " << want[i];
+    ASSERT_FALSE(std::isnan(got[i])) << what << ", element " << i;
+  }
 }
 
 }  // namespace dijiang::testing

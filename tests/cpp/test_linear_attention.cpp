@@ -13,38 +13,6 @@ constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16,
 constexpr FeatureKind kKinds[] = {FeatureKind::kGiven, FeatureKind::kExp, FeatureKind::kSoftmax,
                                   FeatureKind::kElu};
 
-std::string describe(const Problem& p, DType dtype) {
-  return "kind " + std::to_string(int(p.kind)) + " dtype " + std::to_string(int(dtype)) +
-         " window " + std::to_string(p.window) + " sinks " + std::to_string(p.sinks) + " groups " +
-         std::to_string(p.groups()) + " seqlen " + std::to_string(p.seqlen) + " m " +
-         std::to_string(p.m) + " decay " + std::to_string(!p.log_decay.empty()) + " state " +
-         std::to_string(!p.kv.empty()) + " normalize " + std::to_string(p.normalize);
-}
-
-double largest(const Array& x) {
-  double top = 0;
-  for (double e : x) top = std::max(top, std::abs(e));
-  return top;
-}
-
-// |got - want| <= tolerance * (1 + the largest |want|), NaN fails. Beyond the range of a float16
-// both are infinite.
-void expect_close(const Array& got, const Array& want, double tolerance, const std::string& what,
-                  DType dtype = DType::kFloat64) {
-  ASSERT_EQ(got.size(), want.size()) << what;
-  const double allowed = tolerance * (1 + largest(want));
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (got[i] == want[i]) continue;  // infinities too
-    if (dtype == DType::kFloat16 && std::abs(want[i]) > 65504 && got[i] * want[i] > 0) {
-      ASSERT_TRUE(std::isinf(got[i])) << what << ", element " << i << ": want " << want[i];
-      continue;
-    }
-    ASSERT_LE(std::abs(got[i] - want[i]), allowed)
-        << what << ", element " << i << ": got " << got[i] << ", want " << want[i];
-    ASSERT_FALSE(std::isnan(got[i])) << what << ", element " << i;
-  }
-}
-
 // Rounding of the output, and of float sums with exponents of a few tens.
 double tolerance_of(DType dtype) {
   return dtype == DType::kFloat64 ? 1e-12 : 2 * unit_roundoff(dtype) + 4e-6;
