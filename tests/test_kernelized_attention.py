@@ -267,7 +267,7 @@ def test_strided_and_expanded_views(device):
 
 
 @pytest.mark.parametrize("window,sinks", [(0, 0), (16, 3)])
-def test_threads_change_no_bit(window, sinks):
+def test_threads_over_heads_change_no_bit(window, sinks):
     case = make_case("exp", "token", window=window, sinks=sinks).to(torch.float32).require_grad()
     results = []
     for threads in (1, 3):
@@ -276,6 +276,28 @@ def test_threads_change_no_bit(window, sinks):
         results.append([out, *torch.autograd.grad(out.sum(), list(case.inputs().values()))])
     for one, many in zip(*results, strict=True):
         assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("window,sinks", [(0, 0), (48, 3)])
+def test_a_sequence_cut_over_threads_is_the_same_function(window, sinks, decay):
+    """Long sequences with few heads: each thread takes a part, from a state found beforehand."""
+    case = make_case("exp", decay, window=window, sinks=sinks, seqlen=1100)
+
+    def run(case, threads):
+        torch.set_num_threads(threads)
+        out, state = case.run(return_state=True)
+        return [out, *(x for x in state if x is not None)]
+
+    cut = run(case, 7)
+    for whole, parts, again in zip(run(case, 1), cut, run(case, 7), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+        assert torch.equal(parts, again)
+    case.k[:, :, 1000:] += 3
+    case.v[:, :, 1000:] -= 7
+    future = run(case, 7)[0]
+    assert torch.equal(future[:, :, :1000], cut[0][:, :, :1000])
+    assert not torch.equal(future, cut[0])
 
 
 def test_one_query_head_and_many():
