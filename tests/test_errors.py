@@ -630,3 +630,31 @@ def test_missing_library_names_the_cure(tmp_path):
     (package / "dijiang_ops.so").write_bytes(b"not a library")
     text = imported()
     assert "does not load with torch" in text and "pip install --no-build-isolation ." in text
+
+
+def test_a_step_like_one_before_is_still_checked_where_it_differs():
+    """Checks are passed over for calls of the same shapes, dtypes and settings alone."""
+    from dijiang import ops
+
+    def step(dv=8, dtype=torch.float32, **settings):
+        state = ops.empty_attention_state(
+            1, 2, 0, 8, 8, window=4, sinks=1, dtype=torch.float32, device="cpu"
+        )
+        x, v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, dv).to(dtype)
+        with torch.no_grad():
+            return ops.kernelized_attention_update(
+                x, x, v, state, **({"window": 4, "sinks": 1} | settings)
+            )
+
+    for _ in range(2):
+        assert step().shape == (1, 2, 1, 8)
+        with pytest.raises(ValueError, match=r"state\.kv must have shape"):
+            step(dv=4)
+        with pytest.raises(TypeError, match=r"v must be torch\.float32"):
+            step(dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"state\.sink_k must have shape"):
+            step(sinks=2)
+        with pytest.raises(ValueError, match="scale must be positive"):
+            step(scale=-1.0)
+        with pytest.raises(ValueError, match="eps must not be negative"):
+            step(eps=float("nan"))

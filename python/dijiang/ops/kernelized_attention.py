@@ -151,14 +151,29 @@ def kernelized_attention_update(
         True
     """
     op = "kernelized_attention_update"
-    q, k, v, params, log_decay, kind, scale = _prepare(
-        op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
-    )
-    check_one_token(op, q)
-    _check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, log_decay)
-    for name, x in zip(state._fields, state, strict=True):
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"{op}: state.{name} must be contiguous: it is written in place")
+    call = (state, fq, fk, scale, window, sinks, log_decay, normalize, eps)
+    q, k, v = autocast(q, k, v)
+    # A step takes as long as its checks: those of a call like one before are passed over.
+    plain = type(q) is Tensor and not torch.compiler.is_compiling()
+    key = _signature((q, k, v, *call)) if plain else None
+    if key is not None and key in _PASSED:
+        kind, scale = _PASSED[key]
+        params = (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
+    else:
+        q, k, v, params, log_decay, kind, scale = _prepare(
+            op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
+        )
+        check_one_token(op, q)
+        _check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, log_decay)
+        for name, x in zip(state._fields, state, strict=True):
+            if x is not None and not x.is_contiguous():
+                raise ValueError(f"{op}: state.{name} must be contiguous: it is written in place")
+        given = (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
+        as_given = all(x is y for x, y in zip(params, given, strict=True))
+        if key is not None and as_given and log_decay is call[6]:
+            if len(_PASSED) >= 256:
+                _PASSED.clear()
+            _PASSED[key] = kind, scale
     near = bool(window or sinks)
     out = without_gradient(
         op,
@@ -169,6 +184,18 @@ def kernelized_attention_update(
     if not near:
         state.length.add_(1)  # no kernel needs it, but callers count on it
     return out
+
+
+_PASSED: dict[tuple, tuple[int, float]] = {}  # signature of a call -> kind, scale
+
+
+def _signature(x):
+    """All that the checks ask of a call's arguments, hashable."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device, x.is_contiguous()
+    if isinstance(x, tuple):
+        return type(x), *map(_signature, x)
+    return x if isinstance(x, (int, float, str, bool, type(None))) else None, type(x)
 
 
 def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
