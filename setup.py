@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     def run(self):
         version = f"cp{sys.version_info.major}{sys.version_info.minor}"
-        build = ROOT / os.environ.get("DIJIANG_BUILD_DIR", f"build/{version}")
+        build = ROOT / (os.environ.get("DIJIANG_BUILD_DIR") or f"build/{version}")
         prefix = ROOT / "python" if self.inplace or self.editable_mode else Path(self.build_lib)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DDIJIANG_TESTS=OFF"]
