@@ -156,8 +156,7 @@ else:
 
         rows = None
         if calibrate and config.feature_map is not None and (config.window or config.sinks):
-            length = max(256, 4 * max(config.window, config.sinks))
-            rows = _train_blocks(data, tokenizer, length)[:8]
+            rows = _calibration_rows(data, tokenizer, 4 * max(config.window, config.sinks))
         with console.stage("converting"):
             convert_model(student, config, calibration=rows)
         _save(student, tokenizer, out)
@@ -508,6 +507,15 @@ else:
         corpus = text.load_text(source)
         name = f"{corpus.name}, training part"
         return text.pack(corpus.train, tokenizer, length, name=name)
+
+    def _calibration_rows(source: str | None, tokenizer, least: int):
+        """Two rows of up to 2048 tokens, as the text allows: far keys open for such contexts."""
+        from . import data as text
+
+        corpus = text.load_text(source)
+        tokens = text.tokenize(corpus.train, tokenizer)
+        length = max(least, min(2048, len(tokens) // 2))
+        return text.cut(tokens, length, blocks=2, name=f"{corpus.name}, training part")
 
     def _save(model, tokenizer, out: Path) -> None:
         model.save_pretrained(out)

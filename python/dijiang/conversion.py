@@ -51,8 +51,8 @@ def convert(
     Args:
         model: a transformers causal language model.
         config: what to convert to; None: the defaults of DiJiangConfig.
-        calibration: token ids to calibrate on: a tensor (batch, seqlen), or a list of lists; a few
-            hundred tokens beyond twice the window are enough.
+        calibration: token ids to calibrate on: a tensor (batch, seqlen), or a list of lists; two
+            rows as long as the contexts it will serve are enough.
 
     Raises:
         ConversionError: the model is converted already, its class does not dispatch through
