@@ -658,3 +658,26 @@ def test_a_step_like_one_before_is_still_checked_where_it_differs():
             step(scale=-1.0)
         with pytest.raises(ValueError, match="eps must not be negative"):
             step(eps=float("nan"))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_step_like_one_before_has_settings_of_its_own(kind):
+    """Whatever a number comes as, it is this call's and not a remembered one."""
+    from dijiang import ops
+
+    x = torch.randn(3, 1, 2, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def last_step(scale):
+        state = ops.empty_attention_state(
+            1, 2, 0, 8, 8, window=4, sinks=1, dtype=torch.float32, device="cpu"
+        )
+        with torch.no_grad():
+            steps = [
+                ops.kernelized_attention_update(q, q, q, state, scale=scale, window=4, sinks=1)
+                for q in x
+            ]
+        return steps[-1]
+
+    small, large = (last_step(kind(scale)) for scale in (0.125, 3.0))
+    assert torch.equal(small, last_step(0.125)) and torch.equal(large, last_step(3.0))
+    assert not torch.allclose(small, large)

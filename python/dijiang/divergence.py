@@ -41,7 +41,9 @@ class _KLDivergence(torch.autograd.Function):
         weight = weight.reshape(-1, 1).to(dtype)
         weight = weight / weight.sum().clamp(min=torch.finfo(dtype).tiny)
         total = weight.new_zeros(())
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         rows = max(1, _SLICE // vocabulary)
         flat = (x.reshape(-1, vocabulary) for x in (logits, teacher))
         out = None if gradient is None else gradient.view(-1, vocabulary).split(rows)

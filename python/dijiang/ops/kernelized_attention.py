@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .._types import AttentionState, FeatureParams, acc_dtype
 from ._autograd import without_gradient
@@ -79,7 +80,8 @@ def kernelized_attention(
         torch.Size([1, 4, 40, 8])
     """
     op = "kernelized_attention"
-    q, k, v, params, log_decay, kind, scale = _prepare(
+    q, k, v = autocast(q, k, v)
+    params, log_decay, kind, scale = _prepare(
         op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
     )
     segments = segments_of(op, q, cu_seqlens, seq_bounds)
@@ -151,16 +153,16 @@ def kernelized_attention_update(
         True
     """
     op = "kernelized_attention_update"
-    call = (state, fq, fk, scale, window, sinks, log_decay, normalize, eps)
     q, k, v = autocast(q, k, v)
     # A step takes as long as its checks: those of a call like one before are passed over.
-    plain = type(q) is Tensor and not torch.compiler.is_compiling()
-    key = _signature((q, k, v, *call)) if plain else None
-    if key is not None and key in _PASSED:
+    settings = (scale, window, sinks, normalize, eps)
+    key = _signature((q, k, v, log_decay), state, fq, fk, settings)
+    if key in _PASSED:
         kind, scale = _PASSED[key]
-        params = (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
+        params = _params_of(fq, fk)
     else:
-        q, k, v, params, log_decay, kind, scale = _prepare(
+        given_decay = log_decay
+        params, log_decay, kind, scale = _prepare(
             op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
         )
         check_one_token(op, q)
@@ -168,9 +170,9 @@ def kernelized_attention_update(
         for name, x in zip(state._fields, state, strict=True):
             if x is not None and not x.is_contiguous():
                 raise ValueError(f"{op}: state.{name} must be contiguous: it is written in place")
-        given = (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
-        as_given = all(x is y for x, y in zip(params, given, strict=True))
-        if key is not None and as_given and log_decay is call[6]:
+        given = (*_params_of(fq, fk), given_decay)
+        as_given = all(x is y for x, y in zip((*params, log_decay), given, strict=True))
+        if key is not None and as_given:
             if len(_PASSED) >= 256:
                 _PASSED.clear()
             _PASSED[key] = kind, scale
@@ -189,17 +191,35 @@ def kernelized_attention_update(
 _PASSED: dict[tuple, tuple[int, float]] = {}  # signature of a call -> kind, scale
 
 
-def _signature(x):
-    """All that the checks ask of a call's arguments, hashable."""
-    if isinstance(x, Tensor):
-        return x.shape, x.dtype, x.device, x.is_contiguous()
-    if isinstance(x, tuple):
-        return type(x), *map(_signature, x)
-    return x if isinstance(x, (int, float, str, bool, type(None))) else None, type(x)
+def _signature(tensors, state, fq, fk, settings):
+    """All that the checks ask of a call, hashable; None: of one like this nothing is remembered."""
+    groups = state, fq, fk
+    if torch.compiler.is_compiling() or any(type(x) not in _GROUPS for x in groups):
+        return None
+    parts = [type(x) for x in groups]
+    for x in (*tensors, *(x for group in groups for x in group or ())):
+        if type(x) in (Tensor, Parameter):
+            parts.append((x.shape, x.dtype, x.device, x.is_contiguous()))
+        elif x is None or type(x) is str:
+            parts.append(x)
+        else:
+            return None
+    for x in settings:  # by value: a tensor's would be another one the next time
+        if type(x) not in _PLAIN:
+            return None
+        parts.append((type(x), x))
+    return tuple(parts)
+
+
+_GROUPS = (AttentionState, FeatureParams, type(None))
+_PLAIN = (int, float, bool, type(None))
+
+
+def _params_of(fq, fk):
+    return (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
 
 
 def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
-    q, k, v = autocast(q, k, v)
     check_qkv(op, q, k, v, "headdim")
     check_eps(op, eps)
     scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale
@@ -222,7 +242,7 @@ def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
                 f"with {fq.omega.shape[1]} and {fk.kind!r} with {fk.omega.shape[1]}"
             )
         params, kind = (*params_q, *params_k), KINDS[fq.kind]
-    return q, k, v, params, log_decay, kind, scale
+    return params, log_decay, kind, scale
 
 
 def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, log_decay):
