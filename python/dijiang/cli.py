@@ -155,7 +155,7 @@ else:
         from .conversion import convert as convert_model
 
         rows = None
-        if calibrate and config.feature_map is not None and (config.window or config.sinks):
+        if calibrate and config.has_near and config.has_far:
             rows = _calibration_rows(data, tokenizer, 4 * max(config.window, config.sinks))
         with console.stage("converting"):
             convert_model(student, config, calibration=rows)

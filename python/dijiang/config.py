@@ -160,6 +160,16 @@ class DiJiangConfig:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
 
+    @property
+    def has_near(self) -> bool:
+        """Whether any keys stay exact: those of a window or sinks."""
+        return self.window > 0 or self.sinks > 0
+
+    @property
+    def has_far(self) -> bool:
+        """Whether there are far keys, weighed by features."""
+        return self.feature_map is not None
+
     def converts(self, layer: int) -> bool:
         """Whether this layer is converted."""
         return self.layers == "all" or layer in self.layers

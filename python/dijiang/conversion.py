@@ -97,7 +97,7 @@ def convert(
 
     if config.feature_map is None:
         start = "window and sinks alone: there are no far keys"
-    elif not (config.window or config.sinks):
+    elif not config.has_near:
         start = "far keys alone, untrained features: expect little before distill"
     elif config.gate != "auto":
         start = f"window, sinks and far keys of log-weight {config.gate:g}"

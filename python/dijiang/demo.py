@@ -74,7 +74,7 @@ class Student:
 
 def students(config: DiJiangConfig, length: int) -> list[Student]:
     """The model of `config`; where that has near keys too, also one of its far keys alone."""
-    if config.feature_map is None or not (config.window or config.sinks):
+    if not (config.has_near and config.has_far):
         return [Student(config, CONVERTED, DISTILLED, "model", length, 1.0)]
     alone = config.replace(window=0, sinks=0)
     return [
@@ -192,8 +192,7 @@ class _Demo:
 
     def _converted(self, config: DiJiangConfig):
         model = copy.deepcopy(self.teacher)
-        near = config.window or config.sinks
-        if config.feature_map is None or not near:
+        if not (config.has_near and config.has_far):
             return convert(model, config)
         with self.reporter.stage("calibrating the far keys"):
             # On training text, in rows as long as the longest measured.

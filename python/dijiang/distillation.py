@@ -50,7 +50,7 @@ def transfer_share(config) -> float:
     Near keys carry the model through KL from the first step, and moving the attention's own weights
     is then the better use of few tokens; far keys alone predict nothing before transfer.
     """
-    return 0.0 if config.window or config.sinks else 0.25
+    return 0.0 if config.has_near else 0.25
 
 
 def distill(
@@ -158,8 +158,9 @@ def distill(
             if not _train_only(model, train):
                 raise ValueError("distill: nothing to train: window and sinks have no parameters")
             if lm_learning_rate is None:
-                near = kernels[0].config.window or kernels[0].config.sinks
-                lm_learning_rate = 2e-4 if near and train != "dijiang" else 1e-3
+                lm_learning_rate = (
+                    2e-4 if kernels[0].config.has_near and train != "dijiang" else 1e-3
+                )
             _stage(
                 _PredictionTrainer, "lm", "stage2", model, rows, lm_tokens, row_tokens,
                 shared | dict(learning_rate=lm_learning_rate), result, output_dir, save_steps,

@@ -62,8 +62,7 @@ class AttentionKernel(nn.Module):
             )  # fmt: skip
             if not config.share_qk:
                 self.features_q = self.features_k.repeated(self.groups)
-            has_near = config.window > 0 or config.sinks > 0
-            if has_near:
+            if config.has_near:
                 gate = CLOSED if config.gate == "auto" else config.gate
                 self.gate = nn.Parameter(torch.full((heads,), float(gate)))
 
