@@ -5,24 +5,27 @@
 // into a state (R, rho), and keys read it.
 #pragma once
 
-#include "cpu/backward_queries.h"
+#include "cpu/backward_maps.h"
+#include "cpu/far_state.h"
+#include "cpu/query_tile.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
 template <typename Acc>
 class BackwardKeys {
  public:
-  BackwardKeys(const LinearAttentionBackwardParams& params, const BackwardQueries<Acc>& queries)
+  BackwardKeys(const LinearAttentionBackwardParams& params, BackwardCounts counts,
+               const BackwardMaps<Acc>& maps)
       : params_(params),
         p_(params.forward),
-        workspace_(params),
-        past_(queries),
-        groups_(queries.walk().groups),
-        dp_(queries.walk().dp),
-        vp_(queries.walk().vp),
-        mp_(queries.walk().mp),
-        has_far_(queries.walk().has_far),
-        has_decay_(queries.walk().has_decay) {
+        workspace_(params, counts),
+        maps_(maps),
+        groups_(p_.num_heads / p_.num_kv_heads),
+        dp_(padded<Acc>(p_.headdim)),
+        vp_(padded<Acc>(p_.headdim_v)),
+        mp_(padded<Acc>(p_.num_features)),
+        has_far_(p_.num_features > 0),
+        has_decay_(has_far_ && p_.log_decay != nullptr) {
     // One tile a head without a window; with one, enough for three blocks where they are small.
     const int64_t tiles = p_.window > 0 ? (p_.window + kTile - 1) / kTile : 0;
     slots_ = tiles == 0 ? 1 : 3 * (tiles < 4 ? tiles : 4);
@@ -36,7 +39,6 @@ class BackwardKeys {
     weights_ = scratch_.take<Acc>(kTile * kTile);
     grad_weights_ = scratch_.take<Acc>(kTile * kTile);
     if (!has_far_) return;
-    map_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
     sums_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
     future_.allocate(scratch_, mp_, vp_, true);
     a_ = scratch_.take<Acc>(kTile * mp_);
@@ -45,6 +47,8 @@ class BackwardKeys {
     fq_ = scratch_.take<Acc>(kTile * mp_);
     da_ = scratch_.take<Acc>(kTile * mp_);
     exact_ = scratch_.take<Acc>(kTile * mp_);
+    turned_fk_ = scratch_.take<Acc>(mp_ * kTile);
+    turned_values_ = scratch_.take<Acc>(vp_ * kTile);
     top_ = scratch_.take<Acc>(mp_);
     chunk_r_ = scratch_.take<Acc>(mp_ * vp_);
     chunk_rho_ = scratch_.take<Acc>(mp_);
@@ -52,19 +56,23 @@ class BackwardKeys {
     mask_ = scratch_.take<Acc>(kTile * kTile);
   }
 
-  // After BackwardQueries::run of the same task.
-  void run() {
-    const KeyWalk<Acc>& walk = past_.walk();
-    batch_ = walk.batch;
-    head_ = walk.head;
-    begin_ = walk.begin_token;
-    end_ = walk.end_token;
-    first_position_ = walk.first_position;
+  void run(const BackwardPiece& piece) {
+    const Sequence tokens(p_, piece.task);
+    batch_ = tokens.batch;
+    head_ = piece.task % p_.num_kv_heads;
+    begin_ = tokens.begin;
+    end_ = tokens.end;
+    piece_begin_ = begin_ + piece.begin;
+    piece_end_ = piece.end < tokens.length() ? begin_ + piece.end : end_;
+    first_position_ = tokens.first_position(p_);
+    key_sinks_ = workspace_.key_sinks(piece.slot);
     for (int64_t i = 0; i < slots_ * groups_; ++i) tiles_[i].token = -1;
+    if (p_.log_decay) {
+      fill(workspace_.key_decay(batch_, head_) + piece_begin_, piece_end_ - piece_begin_, 0.0);
+    }
     if (has_far_) {
-      map_.set(p_.fk, head_, p_.scale);
-      sums_.begin(workspace_.row(walk.sequence, head_, groups_), params_.grad_fk.beta != nullptr);
-      begin_future(walk.sequence);
+      sums_.begin(workspace_.key_row(piece.slot), params_.grad_fk.beta != nullptr);
+      begin_future(tokens.index);
     }
     dispatch_given(p_.kind, [&](auto given) {
       if (p_.window > 0) {
@@ -73,11 +81,9 @@ class BackwardKeys {
         run_chunks<given.value>();
       }
     });
-    if (has_far_) {
-      sums_.finish(p_.scale);
-      write_initial(walk.sequence);
-    }
-    if (params_.grad_log_decay) write_decay();
+    if (!has_far_) return;
+    sums_.finish(p_.scale);
+    if (piece_begin_ == begin_) write_initial(tokens.index);
   }
 
  private:
@@ -103,7 +109,8 @@ class BackwardKeys {
         decay += static_cast<double>(grad) * at(params_.final_kv, (row * m + i) * dv + j);
       }
     }
-    if (p_.log_decay && end_ > begin_) workspace_.decay(batch_, head_)[end_ - 1] += decay;
+    const bool last = p_.log_decay && piece_end_ == end_ && end_ > begin_;
+    if (last) workspace_.key_decay(batch_, head_)[end_ - 1] += decay;
   }
 
   void write_initial(int64_t sequence) {
@@ -159,7 +166,7 @@ class BackwardKeys {
     }
     QueryTile<Acc>& tile = tiles_[slot * groups_ + g];
     if (tile.token != token) {
-      tile.load(params_, past_.map(g), batch_, head_ * groups_ + g, token, rows);
+      tile.load(params_, maps_.query(g), batch_, head_ * groups_ + g, token, rows);
     }
     return tile;
   }
@@ -175,7 +182,7 @@ class BackwardKeys {
     fill(dk_, rows * dp_, Acc(0));
     fill(dv_, rows * vp_, Acc(0));
     if (!has_far_) return;
-    map_.exponents(keys_, rows, a_, plain_);
+    maps_.keys.exponents(keys_, rows, a_, plain_);
     const Acc none = p_.kind == FeatureKind::kGiven ? Acc(0) : Acc(kLowestExponent);
     for (int64_t s = 0; s < rows && is_sink(s); ++s) fill(a_ + s * mp_, mp_, none);
     fill(da_, rows * mp_, Acc(0));
@@ -186,41 +193,41 @@ class BackwardKeys {
   void write_keys() {
     if (has_far_) {
       for (int64_t s = 0; s < rows_ && is_sink(s); ++s) fill(da_ + s * mp_, mp_, Acc(0));
-      map_.backward(keys_, rows_, da_, plain_, dk_, sums_);
+      maps_.keys.backward(keys_, rows_, da_, plain_, dk_, sums_);
     }
     for (int64_t s = 0; s < rows_ && is_sink(s); ++s) {
-      const int64_t sink = position_of(token_ + s);
-      for (int64_t j = 0; j < dp_; ++j) dk_[s * dp_ + j] += past_.sink_dk[sink * dp_ + j];
-      for (int64_t j = 0; j < vp_; ++j) dv_[s * vp_ + j] += past_.sink_dv[sink * vp_ + j];
+      const int64_t sink = position_of(token_ + s), d = p_.headdim, dv = p_.headdim_v;
+      double* dk = key_sinks_ + sink * d;
+      double* dvalue = key_sinks_ + p_.sinks * d + sink * dv;
+      for (int64_t j = 0; j < d; ++j) dk[j] = dk_[s * dp_ + j];
+      for (int64_t j = 0; j < dv; ++j) dvalue[j] = dv_[s * vp_ + j];
     }
     const int64_t first = (batch_ * p_.num_kv_heads + head_) * p_.seqlen + token_;
     store_tile(p_.dtype, params_.grad_k, first * p_.headdim, rows_, p_.headdim, dk_, dp_);
     store_tile(p_.dtype, params_.grad_v, first * p_.headdim_v, rows_, p_.headdim_v, dv_, vp_);
   }
 
-  // da *= phi 2^scale, -d c_s, as BackwardQueries::multiply_features.
+  // da *= phi 2^scale, which features that are not given have in fk_; -d c_s. As
+  // BackwardQueries::multiply_features.
   template <bool kGiven>
   void multiply_features(int64_t s, const Acc* scale, Acc shift) {
-    using F = FeatureOf<Acc, kGiven>;
     Acc* row = da_ + s * mp_;
-    const Acc* a = a_ + s * mp_;
     Vec<Acc> sum{};
     for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
       if constexpr (kGiven) {
         const Vec<Acc> d = scale_by<Acc>(load(row + i), load(scale + i) + shift);
         store(row + i, d);
-        sum = multiply_add(d, load(a + i), sum);
+        sum = multiply_add(d, load(a_ + s * mp_ + i), sum);
       } else {
-        const Vec<Acc> d =
-            load(row + i) * F::scaled(load(a + i), load(scale + i), broadcast(shift));
+        const Vec<Acc> d = load(row + i) * load(fk_ + s * mp_ + i);
         store(row + i, d);
         sum += d;
       }
     }
-    subtract_decay(s, horizontal_sum<Acc>(sum));
+    if (p_.log_decay) subtract_decay(s, horizontal_sum<Acc>(sum));
   }
   void subtract_decay(int64_t s, Acc sum) {
-    if (p_.log_decay && !is_sink(s)) workspace_.decay(batch_, head_)[token_ + s] -= sum;
+    if (p_.log_decay && !is_sink(s)) workspace_.key_decay(batch_, head_)[token_ + s] -= sum;
   }
 
   // da += factor_s (R . v - rho)
@@ -246,6 +253,7 @@ class BackwardKeys {
     const int64_t last = position_of(end_ - 1) / w, first = first_position_ / w;
     for (int64_t block = last; block >= first; --block) {
       const Tokens keys = tokens_of(block), next = tokens_of(block + 1);
+      if (keys.end <= piece_begin_) return;
       if (has_far_) {
         // R moves back by a block, and takes in the queries that now see the keys as far.
         const Tokens far = tokens_of(block + 2);
@@ -261,6 +269,7 @@ class BackwardKeys {
         }
       }
       for (int64_t s = keys.begin; s < keys.end; s += kTile) {
+        if (s < piece_begin_ || s >= piece_end_) continue;
         load_keys(s, keys.end - s < kTile ? keys.end - s : kTile);
         for (int64_t g = 0; g < groups_; ++g) {
           near_queries(g, {s, keys.end});
@@ -334,9 +343,10 @@ class BackwardKeys {
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
         const Vec<Acc> f =
             F::scaled(load(a_ + s * mp_ + i), load(future_.log_scale + i), broadcast(shift[s]));
-        store(fk_ + s * mp_ + i, f * broadcast(factor[s]));
+        store(fk_ + s * mp_ + i, f);
       }
       multiply_features<kGiven>(s, future_.log_scale, shift[s]);
+      for (int64_t i = 0; has_decay_ && i < mp_; ++i) fk_[s * mp_ + i] *= factor[s];
     }
     gemm<Operand::kPlain, Operand::kPlain>(rows_, vp_, mp_, fk_, mp_, future_.kv, vp_, dv_, vp_);
   }
@@ -347,10 +357,23 @@ class BackwardKeys {
     const int64_t tiles = (end_ - begin_ + kTile - 1) / kTile;
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
       const int64_t token = begin_ + tile * kTile;
-      load_keys(token, end_ - token < kTile ? end_ - token : kTile);
+      const int64_t rows = end_ - token < kTile ? end_ - token : kTile;
+      if (token < piece_begin_) return;
+      if (token >= piece_end_) {
+        if (has_far_) fold_chunk<kGiven>(token, rows);
+        continue;
+      }
+      load_keys(token, rows);
       if (has_far_) chunk<kGiven>();
       write_keys();
     }
+  }
+
+  // R takes in the queries of a tile, and moves before it.
+  template <bool kGiven>
+  void fold_chunk(int64_t token, int64_t rows) {
+    future_.decay(decay_sum(token, token + rows));
+    for (int64_t g = 0; g < groups_; ++g) fold_queries<kGiven>(queries(g, token, rows), 0.0);
   }
 
   // The tile's keys with its own queries, and with all later ones through R.
@@ -365,12 +388,13 @@ class BackwardKeys {
     std::memcpy(top_, future_.log_scale, mp_ * sizeof(Acc));
     for (int64_t g = 0; g < groups_; ++g) {
       const QueryTile<Acc>& tile = queries(g, token_, rows_);
-      for (int64_t t = 0; t < rows_; ++t) {
-        if (tile.inverse[t] == 0) continue;
-        for (int64_t i = 0; i < mp_; i += L) {
-          const Vec<Acc> b = F::exponent(load(tile.b + t * mp_ + i)) - tile.scale[t];
-          store(top_ + i, max(load(top_ + i), b));
+      for (int64_t i = 0; i < mp_; i += L) {
+        Vec<Acc> top = load(top_ + i);
+        for (int64_t t = 0; t < rows_; ++t) {
+          if (tile.inverse[t] == 0) continue;
+          top = max(top, F::exponent(load(tile.b + t * mp_ + i)) - tile.scale[t]);
         }
+        store(top_ + i, top);
       }
     }
     bool exact[kTile];
@@ -378,19 +402,13 @@ class BackwardKeys {
     Acc factor[kTile] = {};
     for (int64_t s = 0; s < rows_; ++s) {
       exact[s] = spread || too_large<kGiven>(s);
-      factor[s] = exact[s] ? Acc(0) : std::exp2(static_cast<Acc>(decay_between(s, rows_ - 1)));
+      factor[s] = exact[s] ? Acc(0) : Acc(1);
+      if (has_decay_ && !exact[s]) {
+        factor[s] = std::exp2(static_cast<Acc>(decay_between(s, rows_ - 1)));
+      }
       for (int64_t i = 0; i < mp_; i += L) {
         const Vec<Acc> f = F::scaled(load(a_ + s * mp_ + i), load(top_ + i));
         store(fk_ + s * mp_ + i, exact[s] ? Vec<Acc>{} : f);
-      }
-    }
-
-    fill(exact_, rows_ * mp_, Acc(0));
-    for (int64_t g = 0; g < groups_; ++g) {
-      const QueryTile<Acc>& tile = queries(g, token_, rows_);
-      chunk_queries<kGiven>(tile, exact);
-      for (int64_t s = 0; s < rows_; ++s) {
-        if (exact[s]) exact_key<kGiven>(tile, s);
       }
     }
     // R relative to top.
@@ -400,21 +418,53 @@ class BackwardKeys {
       chunk_rho_[i] = scale_by_one(future_.extra[i], shift);
     }
     read_future(chunk_r_, chunk_rho_, factor);
+    const Acc* reader = fk_;
+    if (has_decay_) {
+      for (int64_t s = 0; s < rows_; ++s) {
+        for (int64_t i = 0; i < mp_; ++i) fq_[s * mp_ + i] = fk_[s * mp_ + i] * factor[s];
+      }
+      reader = fq_;
+    }
+    gemm<Operand::kPlain, Operand::kPlain>(rows_, vp_, mp_, reader, mp_, chunk_r_, vp_, dv_, vp_);
+
+    turn(fk_, mp_, rows_, mp_, turned_fk_, kTile, kTile);
+    turn(values_, vp_, rows_, vp_, turned_values_, kTile, kTile);
+    fill(exact_, rows_ * mp_, Acc(0));
+    for (int64_t g = 0; g < groups_; ++g) {
+      const QueryTile<Acc>& tile = queries(g, token_, rows_);
+      chunk_queries<kGiven>(tile, exact);
+      for (int64_t s = 0; s < rows_; ++s) {
+        if (exact[s]) exact_key<kGiven>(tile, s);
+      }
+      if (!has_decay_) fold_features(tile);
+    }
     for (int64_t s = 0; s < rows_; ++s) {
       if (exact[s]) {
         exact_future<kGiven>(s);
-        continue;
+      } else {
+        multiply_features<kGiven>(s, top_, Acc(0));
       }
-      multiply_features<kGiven>(s, top_, Acc(0));
-      for (int64_t i = 0; i < mp_; ++i) fk_[s * mp_ + i] *= factor[s];
     }
-    gemm<Operand::kPlain, Operand::kPlain>(rows_, vp_, mp_, fk_, mp_, chunk_r_, vp_, dv_, vp_);
+    if (has_decay_) return fold_chunk<kGiven>(token_, rows_);
+    // Without decay R relative to top is the next one; z, which only a decay asks for, stays.
+    std::swap(future_.kv, chunk_r_);
+    std::swap(future_.extra, chunk_rho_);
+    std::swap(future_.log_scale, top_);
+  }
 
-    future_.decay(decay_sum(token_, token_ + rows_));
-    for (int64_t g = 0; g < groups_; ++g) {
-      fold_queries<kGiven>(queries(g, token_, rows_), 0.0);
+  // Without decay: R, relative to top, takes in the queries whose features are in fq_.
+  void fold_features(const QueryTile<Acc>& tile) {
+    gemm<Operand::kTransposed, Operand::kPlain>(mp_, vp_, rows_, fq_, mp_, tile.grad, vp_, chunk_r_,
+                                                vp_);
+    for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
+      Vec<Acc> sum = load(chunk_rho_ + i);
+      for (int64_t t = 0; t < rows_; ++t) {
+        sum = multiply_add(load(fq_ + t * mp_ + i), broadcast(tile.delta[t]), sum);
+      }
+      store(chunk_rho_ + i, sum);
     }
   }
+
   double decay_between(int64_t s, int64_t t) const {
     double sum = 0;
     for (int64_t r = t; has_decay_ && r > s; --r) sum += log_decay_[r];
@@ -436,10 +486,10 @@ class BackwardKeys {
       if (tile.inverse[t] == 0) fill(fq_ + t * mp_, mp_, Acc(0));
     }
     const Causal wanted{Causal::kResult, 0}, lower{Causal::kLeft, 0};
-    gemm<kPlain, kTransposed, kAssign>(rows_, rows_, mp_, fq_, mp_, fk_, mp_, weights_, kTile,
-                                       wanted);
-    gemm<kPlain, kTransposed, kAssign>(rows_, rows_, vp_, tile.grad, vp_, values_, vp_,
-                                       grad_weights_, kTile, wanted);
+    gemm<kPlain, kPlain, kAssign>(rows_, rows_, mp_, fq_, mp_, turned_fk_, kTile, weights_, kTile,
+                                  wanted);
+    gemm<kPlain, kPlain, kAssign>(rows_, rows_, vp_, tile.grad, vp_, turned_values_, kTile,
+                                  grad_weights_, kTile, wanted);
     for (int64_t t = 0; t < rows_; ++t) {
       Acc* weight = weights_ + t * kTile;
       Acc* grad = grad_weights_ + t * kTile;
@@ -536,25 +586,17 @@ class BackwardKeys {
     subtract_decay(s, horizontal_sum<Acc>(sum));
   }
 
-  // d log_decay_r = the sum of d c_t over t >= r.
-  void write_decay() {
-    Acc* grad =
-        static_cast<Acc*>(params_.grad_log_decay) + (batch_ * p_.num_kv_heads + head_) * p_.seqlen;
-    const double* decay = workspace_.decay(batch_, head_);
-    double sum = 0;
-    for (int64_t t = end_ - 1; t >= begin_; --t) grad[t] = static_cast<Acc>(sum += decay[t]);
-  }
-
   const LinearAttentionBackwardParams& params_;
   const LinearAttentionParams& p_;
   const BackwardWorkspace workspace_;
-  const BackwardQueries<Acc>& past_;
+  const BackwardMaps<Acc>& maps_;
   const int64_t groups_, dp_, vp_, mp_;
   const bool has_far_, has_decay_;
   Scratch scratch_;
 
   int64_t batch_ = 0, head_ = 0, begin_ = 0, end_ = 0, first_position_ = 0;
-  Features<Acc> map_;
+  int64_t piece_begin_ = 0, piece_end_ = 0;  // tokens, as begin_ and end_
+  double* key_sinks_ = nullptr;
   FeatureSums<Acc> sums_;
   FarState<Acc> future_;             // kv: R, extra: rho, z: the same sum with 1, log_scale: N
   QueryTile<Acc>* tiles_ = nullptr;  // (slots, groups)
@@ -571,7 +613,9 @@ class BackwardKeys {
   Acc* fk_ = nullptr;  // 2^(a + top)
   Acc* fq_ = nullptr;  // 2^(b - r - top) / den
   Acc* da_ = nullptr;
-  Acc* exact_ = nullptr;  // da of the keys taken term by term, while it is summed over heads
+  Acc* exact_ = nullptr;      // da of the keys taken term by term, while it is summed over heads
+  Acc* turned_fk_ = nullptr;  // (mp, kTile)
+  Acc* turned_values_ = nullptr;  // (vp, kTile)
   Acc* top_ = nullptr;
   Acc* chunk_r_ = nullptr;
   Acc* chunk_rho_ = nullptr;

@@ -2,21 +2,22 @@
 // parameters, and of the sinks that lie outside the window. docs/numerics.md, "Backward".
 #pragma once
 
+#include "cpu/backward_maps.h"
 #include "cpu/key_walk.h"
-#include "cpu/linear_attention_workspace.h"
 #include "cpu/query_tile.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
-// Products of a query's and a key's features may exceed 1 by this exponent before they are taken
-// term by term: what underflows beside it is below 2^-66 of its row.
-inline constexpr double kLargestExponent = 60;
-
 template <typename Acc>
 class BackwardQueries {
  public:
-  explicit BackwardQueries(const LinearAttentionBackwardParams& params)
-      : params_(params), p_(params.forward), workspace_(params), walk_(p_, scratch_) {
+  BackwardQueries(const LinearAttentionBackwardParams& params, BackwardCounts counts,
+                  const BackwardMaps<Acc>& maps)
+      : params_(params),
+        p_(params.forward),
+        workspace_(params, counts),
+        maps_(maps),
+        walk_(p_, scratch_) {
     const int64_t mp = walk_.mp, dp = walk_.dp, vp = walk_.vp;
     near_stride_ = padded<Acc>(p_.sinks + 2 * p_.window);
     queries_.allocate(scratch_, dp, vp, mp);
@@ -26,42 +27,40 @@ class BackwardQueries {
     weighed_grad_ = scratch_.take<Acc>(kTile * vp);
     db_ = scratch_.take<Acc>(kTile * mp);
     dq_ = scratch_.take<Acc>(kTile * dp);
-    sink_dk = scratch_.take<Acc>(p_.sinks * dp);
-    sink_dv = scratch_.take<Acc>(p_.sinks * vp);
-    maps_ = new (scratch_.take<Features<Acc>>(walk_.groups)) Features<Acc>[walk_.groups];
+    sink_dk_ = scratch_.take<Acc>(p_.sinks * dp);
+    sink_dv_ = scratch_.take<Acc>(p_.sinks * vp);
     sums_ = new (scratch_.take<FeatureSums<Acc>>(walk_.groups)) FeatureSums<Acc>[walk_.groups];
     for (int64_t g = 0; g < walk_.groups; ++g) {
-      maps_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
       sums_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
     }
   }
 
-  void run(int64_t task) {
-    walk_.begin(task, p_.initial);
+  void run(const BackwardPiece& piece) {
+    walk_.begin(piece, p_.initial);
     for (int64_t g = 0; g < walk_.groups; ++g) {
-      maps_[g].set(p_.fq, query_head(g), p_.scale);
-      sums_[g].begin(workspace_.row(walk_.sequence, walk_.head, g),
-                     params_.grad_fq.beta != nullptr);
+      sums_[g].begin(workspace_.query_row(piece.slot, g), params_.grad_fq.beta != nullptr);
     }
-    fill(sink_dk, p_.sinks * walk_.dp, Acc(0));
-    fill(sink_dv, p_.sinks * walk_.vp, Acc(0));
+    fill(sink_dk_, p_.sinks * walk_.dp, Acc(0));
+    fill(sink_dv_, p_.sinks * walk_.vp, Acc(0));
     while (walk_.next()) {
+      if (!walk_.wanted()) continue;
       for (int64_t t = 0; t < walk_.rows; ++t) decay_[t] = 0;
       for (int64_t g = 0; g < walk_.groups; ++g) {
         dispatch_given(p_.kind, [&](auto given) { head_tile<given.value>(g); });
       }
       if (p_.log_decay == nullptr) continue;
-      double* decay = workspace_.decay(walk_.batch, walk_.head) + walk_.token;
+      double* decay = workspace_.query_decay(walk_.batch, walk_.head) + walk_.token;
       for (int64_t t = 0; t < walk_.rows; ++t) decay[t] = decay_[t];
     }
     for (int64_t g = 0; g < walk_.groups; ++g) sums_[g].finish(p_.scale);
+    double* sinks = workspace_.query_sinks(piece.slot);
+    for (int64_t s = 0; s < p_.sinks; ++s) {
+      for (int64_t j = 0; j < p_.headdim; ++j) *sinks++ = sink_dk_[s * walk_.dp + j];
+    }
+    for (int64_t s = 0; s < p_.sinks; ++s) {
+      for (int64_t j = 0; j < p_.headdim_v; ++j) *sinks++ = sink_dv_[s * walk_.vp + j];
+    }
   }
-
-  const KeyWalk<Acc>& walk() const { return walk_; }
-  const Features<Acc>& map(int64_t g) const { return maps_[g]; }
-
-  Acc* sink_dk = nullptr;  // (sinks, dp)
-  Acc* sink_dv = nullptr;  // (sinks, vp)
 
  private:
   int64_t query_head(int64_t g) const { return walk_.head * walk_.groups + g; }
@@ -69,7 +68,7 @@ class BackwardQueries {
   template <bool kGiven>
   void head_tile(int64_t g) {
     const int64_t rows = walk_.rows, dp = walk_.dp, head = query_head(g);
-    queries_.load(params_, maps_[g], walk_.batch, head, walk_.token, rows);
+    queries_.load(params_, maps_.query(g), walk_.batch, head, walk_.token, rows);
     fill(dq_, rows * dp, Acc(0));
     near();
     if (walk_.has_far) {
@@ -79,7 +78,7 @@ class BackwardQueries {
       } else {
         past<kGiven>();
       }
-      maps_[g].backward(queries_.q, rows, db_, queries_.plain, dq_, sums_[g]);
+      maps_.query(g).backward(queries_.q, rows, db_, queries_.plain, dq_, sums_[g]);
     }
     const int64_t first = (walk_.batch * p_.num_heads + head) * p_.seqlen + walk_.token;
     store_tile(p_.dtype, params_.grad_q, first * p_.headdim, rows, p_.headdim, dq_, dp);
@@ -91,7 +90,8 @@ class BackwardQueries {
     if (sinks + window == 0) return;
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
     constexpr Result kAssign = Result::kAssign;
-    const Causal wanted{Causal::kResult, window - rows}, lower{Causal::kLeft, window - rows};
+    const Causal wanted{Causal::kResult, walk_.window_first()};
+    const Causal lower{Causal::kLeft, walk_.window_first()};
     gemm<kPlain, kTransposed, kAssign>(rows, sinks, dp, queries_.scaled_q, dp, walk_.sink_keys, dp,
                                        weights_, stride);
     gemm<kPlain, kTransposed, kAssign>(rows, window, dp, queries_.scaled_q, dp, walk_.window_keys,
@@ -117,8 +117,8 @@ class BackwardQueries {
     gemm<kPlain, kPlain>(rows, dp, sinks, grad_weights_, stride, walk_.sink_keys, dp, dq_, dp);
     gemm<kPlain, kPlain>(rows, dp, window, grad_weights_ + sinks, stride, walk_.window_keys, dp,
                          dq_, dp, lower);
-    gemm<kTransposed, kPlain>(sinks, dp, rows, grad_weights_, stride, queries_.q, dp, sink_dk, dp);
-    gemm<kTransposed, kPlain>(sinks, vp, rows, weights_, stride, queries_.grad, vp, sink_dv, vp);
+    gemm<kTransposed, kPlain>(sinks, dp, rows, grad_weights_, stride, queries_.q, dp, sink_dk_, dp);
+    gemm<kTransposed, kPlain>(sinks, vp, rows, weights_, stride, queries_.grad, vp, sink_dv_, vp);
   }
 
   // Far keys in the state alone: db_i = f_i (kv_i . do - delta z_i).
@@ -277,10 +277,10 @@ class BackwardQueries {
   const LinearAttentionBackwardParams& params_;
   const LinearAttentionParams& p_;
   const BackwardWorkspace workspace_;
+  const BackwardMaps<Acc>& maps_;
   Scratch scratch_;
   KeyWalk<Acc> walk_;
   QueryTile<Acc> queries_;
-  Features<Acc>* maps_ = nullptr;
   FeatureSums<Acc>* sums_ = nullptr;
   int64_t near_stride_ = 0;
   Acc* weights_ = nullptr;       // (rows, near_stride): P
@@ -289,6 +289,8 @@ class BackwardQueries {
   Acc* weighed_grad_ = nullptr;  // (rows, vp)
   Acc* db_ = nullptr;            // (rows, mp)
   Acc* dq_ = nullptr;            // (rows, dp)
+  Acc* sink_dk_ = nullptr;       // (sinks, dp)
+  Acc* sink_dv_ = nullptr;       // (sinks, vp)
   double decay_[kTile] = {};     // d c_t
 };
 

@@ -95,7 +95,8 @@ struct FeatureSums {
 template <typename Acc>
 class Features {
  public:
-  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim) {
+  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim,
+                bool with_backward = false) {
     kind_ = kind;
     m_ = num_features;
     d_ = headdim;
@@ -104,6 +105,7 @@ class Features {
     if (kind_ == FeatureKind::kGiven || m_ == 0) return;
     weight_ = scratch.take<Acc>(dp_ * mp_);
     bias_ = scratch.take<Acc>(mp_);
+    if (with_backward) rows_ = scratch.take<Acc>(mp_ * dp_);
   }
 
   // Packing omega pays for itself over a tile of rows, not over one.
@@ -112,10 +114,16 @@ class Features {
     if (weight_ == nullptr) return;
     omega_ = static_cast<const Acc*>(params.omega) + head * m_ * d_;
     const double unit = kind_ == FeatureKind::kElu ? 1.0 : kLog2E;
+    const Acc root = static_cast<Acc>(std::sqrt(scale));
     factor_ = static_cast<Acc>(std::sqrt(scale) * unit);
     packed_ = pack;
-    for (int64_t i = 0; pack && i < m_; ++i) {
-      for (int64_t j = 0; j < d_; ++j) weight_[j * mp_ + i] = omega_[i * d_ + j] * factor_;
+    if (pack) {
+      paired_ = kind_ == FeatureKind::kExp && is_paired();
+      turn(omega_, d_, m_, d_, weight_, mp_, mp_);
+      for (int64_t i = 0; i < d_ * mp_; ++i) weight_[i] *= factor_;
+    }
+    for (int64_t i = 0; rows_ != nullptr && i < m_; ++i) {
+      for (int64_t j = 0; j < d_; ++j) rows_[i * dp_ + j] = omega_[i * d_ + j] * root;
     }
     const Acc* log_weight = static_cast<const Acc*>(params.log_weight);
     for (int64_t i = 0; i < m_; ++i) {
@@ -133,8 +141,8 @@ class Features {
       return;
     }
     if (packed_) {
-      gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, mp_, d_, x, dp_, weight_, mp_,
-                                                              out, mp_);
+      gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, paired_ ? m_ / 2 : mp_, d_, x,
+                                                              dp_, weight_, mp_, out, mp_);
     } else {
       for (int64_t i = 0; i < m_; ++i) {
         for (int64_t t = 0; t < rows; ++t) {
@@ -153,6 +161,9 @@ class Features {
             sum = multiply_add(xj, xj, sum);
           }
           shift = horizontal_sum<Acc>(sum) * norm_factor_;
+        }
+        if (packed_ && paired_) {
+          for (int64_t i = 0; i < m_ / 2; i += kLanes<Acc>) store(row + m_ / 2 + i, -load(row + i));
         }
         finish_row(row, row, broadcast(shift));
       } else if (kind_ == FeatureKind::kSoftmax) {
@@ -194,11 +205,13 @@ class Features {
       const Acc sum = horizontal_sum<Acc>(sums);
       if (kind_ == FeatureKind::kExp) {
         if (norm_factor_ == 0 && !grads.want_beta) continue;
-        Acc norm = 0;
-        for (int64_t j = 0; j < dp_; ++j) norm += x[t * dp_ + j] * x[t * dp_ + j];
+        const Acc norm = dot(x + t * dp_, x + t * dp_, dp_);
         grads.beta -= static_cast<double>(norm * scale_) * sum;
         const Acc factor = -2 * norm_factor_ / static_cast<Acc>(kLog2E) * sum;
-        for (int64_t j = 0; j < dp_; ++j) dx[t * dp_ + j] += factor * x[t * dp_ + j];
+        for (int64_t j = 0; j < dp_; j += L) {
+          Acc* at = dx + t * dp_ + j;
+          store(at, multiply_add(broadcast(factor), load(x + t * dp_ + j), load(at)));
+        }
       } else if (kind_ == FeatureKind::kSoftmax) {
         for (int64_t i = 0; i < mp_; i += L) {
           const Vec<Acc> softmax = exp2_scaled<Acc>(load(u + i), Vec<Acc>{});
@@ -210,10 +223,13 @@ class Features {
       }
     }
     gemm<Operand::kTransposed, Operand::kPlain>(mp_, dp_, rows, db, mp_, x, dp_, grads.omega, dp_);
-    // weight_ is omega^T sqrt(scale) in units of the exponent.
-    const Acc unit = static_cast<Acc>(kind_ == FeatureKind::kElu ? 1.0 : 1 / kLog2E);
-    for (int64_t i = 0; i < rows * mp_; i += L) store(db + i, load(db + i) * unit);
-    gemm<Operand::kPlain, Operand::kTransposed>(rows, dp_, mp_, db, mp_, weight_, mp_, dx, dp_);
+    const int64_t half = paired_ ? m_ / 2 : 0;
+    for (int64_t t = 0; t < rows; ++t) {
+      Acc* row = db + t * mp_;
+      for (int64_t i = 0; i < half; i += L) store(row + i, load(row + i) - load(row + half + i));
+    }
+    gemm<Operand::kPlain, Operand::kPlain>(rows, dp_, paired_ ? half : mp_, db, mp_, rows_, dp_, dx,
+                                           dp_);
     grads.pending += rows;
     if (grads.pending >= kTile) grads.flush(scale_);
   }
@@ -233,6 +249,17 @@ class Features {
     for (int64_t i = m_; i < mp_; ++i) row[i] = Acc(kLowestExponent);
   }
 
+  // Whether the second half of the features is the first half of -x, as FeatureMap makes them: one
+  // product serves both.
+  bool is_paired() const {
+    const int64_t half = m_ / 2;
+    if (m_ % (2 * kLanes<Acc>) != 0) return false;
+    for (int64_t i = 0; i < half * d_; ++i) {
+      if (omega_[half * d_ + i] != -omega_[i]) return false;
+    }
+    return true;
+  }
+
   Acc log_sum_exp(const Acc* u) const {
     const Acc top = row_max(u, m_, std::numeric_limits<Acc>::lowest());
     Vec<Acc> sums{};
@@ -249,9 +276,10 @@ class Features {
   int64_t m_ = 0, d_ = 0, mp_ = 0, dp_ = 0;
   const Acc* omega_ = nullptr;
   Acc factor_ = 1;
-  bool packed_ = true;
+  bool packed_ = true, paired_ = false;
   Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for kElu
   Acc* bias_ = nullptr;    // (padded m): log_weight log2 e
+  Acc* rows_ = nullptr;    // (padded m, padded d), for the backward: omega sqrt(scale)
   Acc scale_ = 1;
   Acc norm_factor_ = 0;  // beta scale log2 e
 };

@@ -77,11 +77,13 @@ inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_
   }
 }
 
-// panel (depth x kGemmCols) = B^T for n <= kGemmCols rows of B, zeros after them.
+// out (depth x cols, row stride out_stride) = B^T for n <= cols rows of B, zeros after them; cols
+// is a multiple of kLanes.
 template <typename T>
-inline void turn_panel(const T* b, int64_t b_stride, int64_t n, int64_t depth, T* panel) {
-  constexpr int L = kLanes<T>, N = kGemmCols<T>;
-  for (int64_t j = 0; j < N; j += L) {
+inline void turn(const T* b, int64_t b_stride, int64_t n, int64_t depth, T* out, int64_t out_stride,
+                 int64_t cols) {
+  constexpr int L = kLanes<T>;
+  for (int64_t j = 0; j < cols; j += L) {
     int64_t p = 0;
     for (; p + L <= depth; p += L) {
       Vec<T> square[L];
@@ -91,11 +93,11 @@ inline void turn_panel(const T* b, int64_t b_stride, int64_t n, int64_t depth, T
       }
       transpose<T>(square);
 #pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) store(panel + (p + l) * N + j, square[l]);
+      for (int l = 0; l < L; ++l) store(out + (p + l) * out_stride + j, square[l]);
     }
     for (; p < depth; ++p) {
       for (int64_t l = 0; l < L; ++l) {
-        panel[p * N + j + l] = j + l < n ? b[(j + l) * b_stride + p] : T(0);
+        out[p * out_stride + j + l] = j + l < n ? b[(j + l) * b_stride + p] : T(0);
       }
     }
   }
@@ -141,7 +143,7 @@ void gemm(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_strid
       const T* bp = panel;
       int64_t b_row = N;
       if constexpr (kB == Operand::kTransposed) {
-        turn_panel(b + j * b_stride + p0, b_stride, n, dp, panel);
+        turn(b + j * b_stride + p0, b_stride, n, dp, panel, int64_t{N}, int64_t{N});
       } else if (n == N) {
         bp = b + p0 * b_stride + j;
         b_row = b_stride;

@@ -22,5 +22,6 @@
 
 #include "cpu/dtype.h"
 #include "cpu/linear_attention_workspace.h"
+#include "cpu/sequence.h"
 #include "dijiang/core/linear_attention.h"
 #include "dijiang/core/types.h"

@@ -39,13 +39,16 @@ class KeyWalk {
     }
   }
 
-  // Task `index` = (sequence, kv head): loads its initial state.
-  void begin(int64_t index, const AttentionState& initial) {
-    sequence = index / p.num_kv_heads;
-    head = index % p.num_kv_heads;
-    batch = p.segments ? p.segments[3 * sequence] : sequence;
-    begin_token = p.segments ? p.segments[3 * sequence + 1] : 0;
-    end_token = p.segments ? p.segments[3 * sequence + 2] : p.seqlen;
+  // From the start of the piece's sequence to the piece's end; loads the initial state.
+  void begin(const AttentionPiece& piece, const AttentionState& initial) {
+    const Sequence tokens(p, piece.task);
+    sequence = tokens.index;
+    head = piece.task % p.num_kv_heads;
+    batch = tokens.batch;
+    begin_token = tokens.begin;
+    whole_ = piece.end >= tokens.length();
+    end_token = whole_ ? tokens.end : tokens.begin + piece.end;
+    piece_token_ = tokens.begin + piece.begin;
     first_position = initial.length ? initial.length[sequence] : 0;
     fk_.set(p.fk, head, p.scale);
     position = first_position;
@@ -83,7 +86,13 @@ class KeyWalk {
     return true;
   }
 
-  // Writes the state after the last tile, but for its length.
+  // Whether the tile is the piece's; those before it are walked over for the state.
+  bool wanted() const { return token >= piece_token_; }
+
+  // Whether the walk's end is the sequence's.
+  bool whole() const { return whole_; }
+
+  // Writes the state after the last tile of a sequence, but for its length.
   void finish(const AttentionState& final) const {
     store_state(final);
     store_near(final);
@@ -93,6 +102,8 @@ class KeyWalk {
   // Near columns of a tile are the sinks outside the window, then the window. Row i sees the
   // first visible(i) of them.
   int64_t near_columns() const { return sink_columns + window_columns; }
+  // Row i sees the columns of the window up to window_first() + i.
+  int64_t window_first() const { return window_columns - rows; }
   int64_t visible(int64_t i) const {
     if (p.window > 0) return near_columns() - rows + i + 1;
     return sink_columns < position + i + 1 ? sink_columns : position + i + 1;
@@ -327,6 +338,8 @@ class KeyWalk {
   double* log_decay_ = nullptr;  // log2, by row of keys_
   double since_state_[kTile] = {};
   int64_t offset_ = 0;  // row of keys_ of the tile's first key
+  int64_t piece_token_ = 0;
+  bool whole_ = true;
 };
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

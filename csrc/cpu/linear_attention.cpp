@@ -1,14 +1,19 @@
 // Chooses the instruction set; everything that needs none of its own.
 #include "dijiang/core/linear_attention.h"
 
-#include "cpu/cpu_level.h"
-#include "cpu/linear_attention_workspace.h"
+#include <algorithm>
 
-#define DIJIANG_DECLARE_KERNELS(isa)                                                      \
-  namespace isa {                                                                         \
-  void linear_attention_forward(const LinearAttentionParams&, int64_t, int64_t);          \
-  void linear_attention_update(const LinearAttentionParams&, int64_t, int64_t);           \
-  void linear_attention_backward(const LinearAttentionBackwardParams&, int64_t, int64_t); \
+#include "cpu/cpu_level.h"
+#include "cpu/dtype.h"
+#include "cpu/linear_attention_workspace.h"
+#include "cpu/sequence.h"
+
+#define DIJIANG_DECLARE_KERNELS(isa)                                                           \
+  namespace isa {                                                                              \
+  void linear_attention_forward(const LinearAttentionParams&, const AttentionPiece*, int64_t); \
+  void linear_attention_update(const LinearAttentionParams&, int64_t, int64_t);                \
+  void linear_attention_backward(const LinearAttentionBackwardParams&, BackwardCounts,         \
+                                 const BackwardPiece*, int64_t);                               \
   }
 
 #if defined(__x86_64__)
@@ -30,39 +35,129 @@ DIJIANG_DECLARE_KERNELS(avx512)
 
 namespace {
 
-// Sums the double rows row(0), row(1), ... into one head's parameter gradients.
-template <typename Acc, typename Row>
-void sum_rows(const LinearAttentionParams& p, const FeatureGrads& grads, int64_t head,
-              int64_t count, const Row& row) {
-  const int64_t m = p.num_features, md = m * p.headdim;
-  const auto sum = [&](void* target, int64_t first, int64_t size) {
-    if (target == nullptr) return;
-    Acc* out = static_cast<Acc*>(target) + head * size;
-    for (int64_t i = 0; i < size; ++i) {
-      double total = 0;
-      for (int64_t n = 0; n < count; ++n) total += row(n)[first + i];
-      out[i] = static_cast<Acc>(total);
+BackwardCounts counts_of(const std::vector<BackwardPiece>& pieces) {
+  BackwardCounts counts;
+  for (const BackwardPiece& piece : pieces) {
+    ++(piece.half == BackwardHalf::kQueries ? counts.queries : counts.keys);
+  }
+  return counts;
+}
+
+// Adds the rows that pieces left to one gradient of feature parameters, a head at a time.
+template <typename Acc>
+class ParameterSums {
+ public:
+  ParameterSums(const LinearAttentionParams& p, const FeatureGrads& grads, int64_t heads)
+      : md_(p.num_features * p.headdim), m_(p.num_features), grads_(grads), heads_(heads) {
+    sums_.resize(heads * (md_ + m_ + 1));
+  }
+  void add(int64_t head, const double* row) {
+    double* sum = sums_.data() + head * (md_ + m_ + 1);
+    for (int64_t i = 0; i < md_ + m_ + 1; ++i) sum[i] += row[i];
+  }
+  void write() const {
+    write(grads_.omega, 0, md_);
+    write(grads_.log_weight, md_, m_);
+    write(grads_.beta, md_ + m_, 1);
+  }
+
+ private:
+  void write(void* target, int64_t first, int64_t size) const {
+    for (int64_t head = 0; target != nullptr && head < heads_; ++head) {
+      const double* sum = sums_.data() + head * (md_ + m_ + 1) + first;
+      Acc* out = static_cast<Acc*>(target) + head * size;
+      for (int64_t i = 0; i < size; ++i) out[i] = static_cast<Acc>(sum[i]);
     }
-  };
-  sum(grads.omega, 0, md);
-  sum(grads.log_weight, md, m);
-  sum(grads.beta, md + m, 1);
+  }
+
+  const int64_t md_, m_;
+  const FeatureGrads grads_;
+  const int64_t heads_;
+  std::vector<double> sums_;
+};
+
+template <typename Acc>
+void finish_parameters(const LinearAttentionBackwardParams& params,
+                       const std::vector<BackwardPiece>& pieces,
+                       const BackwardWorkspace& workspace) {
+  const LinearAttentionParams& p = params.forward;
+  if (workspace.row_size() == 0) return;
+  const int64_t groups = workspace.groups();
+  ParameterSums<Acc> queries(p, params.grad_fq, p.num_heads);
+  ParameterSums<Acc> keys(p, params.grad_fk, p.num_kv_heads);
+  for (const BackwardPiece& piece : pieces) {
+    const int64_t head = piece.task % p.num_kv_heads;
+    if (piece.half == BackwardHalf::kKeys) {
+      keys.add(head, workspace.key_row(piece.slot));
+      continue;
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      queries.add(head * groups + g, workspace.query_row(piece.slot, g));
+    }
+  }
+  queries.write();
+  keys.write();
+}
+
+// d log_decay_r = the sum of d c_t over t >= r.
+template <typename Acc>
+void finish_decay(const LinearAttentionBackwardParams& params, const BackwardWorkspace& workspace) {
+  const LinearAttentionParams& p = params.forward;
+  if (params.grad_log_decay == nullptr) return;
+  for (int64_t task = 0; task < linear_attention_num_tasks(p); ++task) {
+    const Sequence tokens(p, task);
+    const int64_t head = task % p.num_kv_heads;
+    const double* queries = workspace.query_decay(tokens.batch, head);
+    const double* keys = workspace.key_decay(tokens.batch, head);
+    Acc* grad = static_cast<Acc*>(params.grad_log_decay) +
+                (tokens.batch * p.num_kv_heads + head) * p.seqlen;
+    double sum = 0;
+    for (int64_t t = tokens.end - 1; t >= tokens.begin; --t) {
+      grad[t] = static_cast<Acc>(sum += queries[t] + keys[t]);
+    }
+  }
+}
+
+// Gradients of the sinks among the tokens: what the keys' half found, and what queries added.
+template <typename Acc>
+void finish_sinks(const LinearAttentionBackwardParams& params,
+                  const std::vector<BackwardPiece>& pieces, const BackwardWorkspace& workspace) {
+  const LinearAttentionParams& p = params.forward;
+  for (const BackwardPiece& keys : pieces) {
+    const Sequence tokens(p, keys.task);
+    const int64_t first = tokens.first_position(p), head = keys.task % p.num_kv_heads;
+    const int64_t last = std::min(p.sinks - first, std::min(keys.end, tokens.length()));
+    if (keys.half != BackwardHalf::kKeys) continue;
+    for (int64_t t = keys.begin; t < last; ++t) {
+      const auto finish = [&](void* target, int64_t dim, int64_t offset) {
+        std::vector<double> sum(dim);
+        const auto add = [&](const double* sinks) {
+          for (int64_t j = 0; j < dim; ++j) sum[j] += sinks[offset + (first + t) * dim + j];
+        };
+        add(workspace.key_sinks(keys.slot));
+        for (const BackwardPiece& queries : pieces) {
+          const bool same = queries.half == BackwardHalf::kQueries && queries.task == keys.task;
+          if (same) add(workspace.query_sinks(queries.slot));
+        }
+        const int64_t row = (tokens.batch * p.num_kv_heads + head) * p.seqlen + tokens.begin + t;
+        dispatch_dtype(p.dtype, [&](auto tag) {
+          using T = decltype(tag);
+          T* out = static_cast<T*>(target) + row * dim;
+          for (int64_t j = 0; j < dim; ++j) out[j] = from_acc<T>(static_cast<AccOf<T>>(sum[j]));
+        });
+      };
+      finish(params.grad_k, p.headdim, 0);
+      finish(params.grad_v, p.headdim_v, p.sinks * p.headdim);
+    }
+  }
 }
 
 template <typename Acc>
-void finish(const LinearAttentionBackwardParams& params) {
-  const LinearAttentionParams& p = params.forward;
-  const BackwardWorkspace workspace(params);
-  if (workspace.row_size() == 0) return;
-  const int64_t groups = workspace.groups();
-  for (int64_t head = 0; head < p.num_heads; ++head) {
-    sum_rows<Acc>(p, params.grad_fq, head, workspace.num_seqs(),
-                  [&](int64_t n) { return workspace.row(n, head / groups, head % groups); });
-  }
-  for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-    sum_rows<Acc>(p, params.grad_fk, head, workspace.num_seqs(),
-                  [&](int64_t n) { return workspace.row(n, head, groups); });
-  }
+void finish(const LinearAttentionBackwardParams& params, const std::vector<BackwardPiece>& pieces) {
+  const BackwardWorkspace workspace(params, counts_of(pieces));
+  finish_parameters<Acc>(params, pieces, workspace);
+  finish_decay<Acc>(params, workspace);
+  finish_sinks<Acc>(params, pieces, workspace);
 }
 
 }  // namespace
@@ -71,22 +166,34 @@ int64_t linear_attention_num_tasks(const LinearAttentionParams& params) {
   return (params.segments ? params.num_seqs : params.batch) * params.num_kv_heads;
 }
 
+void linear_attention_forward(const LinearAttentionParams& params,
+                              const std::vector<AttentionPiece>& pieces, int64_t begin,
+                              int64_t end) {
+  DIJIANG_DISPATCH(linear_attention_forward, params, pieces.data() + begin, end - begin);
+}
+
 void linear_attention_forward(const LinearAttentionParams& params, int64_t begin, int64_t end) {
-  DIJIANG_DISPATCH(linear_attention_forward, params, begin, end);
+  std::vector<AttentionPiece> pieces;
+  for (int64_t task = begin; task < end; ++task) pieces.push_back({task});
+  linear_attention_forward(params, pieces, 0, end - begin);
 }
 
-size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& params) {
-  return BackwardWorkspace(params).bytes();
+size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& params,
+                                           const std::vector<BackwardPiece>& pieces) {
+  return BackwardWorkspace(params, counts_of(pieces)).size() * sizeof(double);
 }
 
-void linear_attention_backward(const LinearAttentionBackwardParams& params, int64_t begin,
+void linear_attention_backward(const LinearAttentionBackwardParams& params,
+                               const std::vector<BackwardPiece>& pieces, int64_t begin,
                                int64_t end) {
-  DIJIANG_DISPATCH(linear_attention_backward, params, begin, end);
+  const BackwardCounts counts = counts_of(pieces);
+  DIJIANG_DISPATCH(linear_attention_backward, params, counts, pieces.data() + begin, end - begin);
 }
 
-void linear_attention_backward_finish(const LinearAttentionBackwardParams& params) {
-  if (params.forward.dtype == DType::kFloat64) return finish<double>(params);
-  finish<float>(params);
+void linear_attention_backward_finish(const LinearAttentionBackwardParams& params,
+                                      const std::vector<BackwardPiece>& pieces) {
+  if (params.forward.dtype == DType::kFloat64) return finish<double>(params, pieces);
+  finish<float>(params, pieces);
 }
 
 void linear_attention_update(const LinearAttentionParams& params, int64_t begin, int64_t end) {

@@ -62,17 +62,19 @@ class LinearAttentionForward {
     }
   }
 
-  // initial and final may be the same memory; final.length is left to the caller.
-  void run(int64_t task, const AttentionState& initial, const AttentionState& final) {
-    walk_.begin(task, initial);
+  // final.length is left to the caller.
+  void run(const AttentionPiece& piece, const AttentionState& initial,
+           const AttentionState& final) {
+    walk_.begin(piece, initial);
     for (int64_t g = 0; g < walk_.groups; ++g) fq_maps_[g].set(p_.fq, query_head(g), p_.scale);
     while (walk_.next()) {
+      if (!walk_.wanted()) continue;
       values_finite_ = all_finite(walk_.tile_values, walk_.rows * walk_.vp);
       for (int64_t g = 0; g < walk_.groups; ++g) {
         dispatch_given(p_.kind, [&](auto given) { head_tile<given.value>(g); });
       }
     }
-    walk_.finish(final);
+    if (walk_.whole()) walk_.finish(final);
   }
 
   const KeyWalk<Acc>& walk() const { return walk_; }
@@ -96,9 +98,6 @@ class LinearAttentionForward {
     write_rows(g);
   }
 
-  // Row t sees the columns of the window up to window_first() + t.
-  int64_t window_first() const { return walk_.window_columns - walk_.rows; }
-
   // near_ = q.k scale log2 e, sinks first, then the window.
   void near_scores() {
     const int64_t rows = walk_.rows, dp = walk_.dp;
@@ -109,7 +108,7 @@ class LinearAttentionForward {
         rows, walk_.sink_columns, dp, scaled_q_, dp, walk_.sink_keys, dp, near_, near_stride_);
     gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
         rows, walk_.window_columns, dp, scaled_q_, dp, walk_.window_keys, dp,
-        near_ + walk_.sink_columns, near_stride_, {Causal::kResult, window_first()});
+        near_ + walk_.sink_columns, near_stride_, {Causal::kResult, walk_.window_first()});
   }
 
   // r_t, a whole exponent above every term of row t.
@@ -152,7 +151,7 @@ class LinearAttentionForward {
     if (columns == 0) return;
     multiply_visible(near_, near_stride_, walk_.sink_columns, 0, walk_.sink_values, {});
     multiply_visible(near_, near_stride_, walk_.window_columns, walk_.sink_columns,
-                     walk_.window_values, {Causal::kLeft, window_first()});
+                     walk_.window_values, {Causal::kLeft, walk_.window_first()});
   }
 
   // num += weights[:, first : first + count] values. A value that is not finite must not reach the

@@ -41,7 +41,7 @@ class LinearAttentionUpdate {
     const int64_t w = p_.window;
     if (w > 0 && p_.num_features > 0 && position_ % w == 0 && position_ >= 2 * w) {
       if (forward_ == nullptr) forward_ = new (storage_) LinearAttentionForward<Acc>(p_);
-      forward_->run(task, p_.final, p_.final);
+      forward_->run({task}, p_.final, p_.final);
       return;
     }
     take_token();

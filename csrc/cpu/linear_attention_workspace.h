@@ -1,4 +1,4 @@
-// The backward's workspace: what tasks leave for linear_attention_backward_finish to sum, in
+// The backward's workspace: what pieces leave for linear_attention_backward_finish to sum, in
 // double. No instruction set of its own.
 #pragma once
 
@@ -6,34 +6,54 @@
 
 namespace dijiang::cpu {
 
+// Pieces of each half of the backward.
+struct BackwardCounts {
+  int64_t queries = 0, keys = 0;
+};
+
 class BackwardWorkspace {
  public:
-  explicit BackwardWorkspace(const LinearAttentionBackwardParams& params)
-      : p_(params.forward), base_(static_cast<double*>(params.workspace)) {}
+  BackwardWorkspace(const LinearAttentionBackwardParams& params, BackwardCounts counts)
+      : p_(params.forward), counts_(counts), base_(static_cast<double*>(params.workspace)) {}
 
   // Gradients of one head's feature parameters: omega (m, d), log_weight (m), beta.
-  int64_t row_size() const { return given() ? 0 : p_.num_features * (p_.headdim + 1) + 1; }
+  int64_t row_size() const {
+    const bool given = p_.kind == FeatureKind::kGiven || p_.num_features == 0;
+    return given ? 0 : p_.num_features * (p_.headdim + 1) + 1;
+  }
   int64_t groups() const { return p_.num_heads / p_.num_kv_heads; }
-  int64_t num_seqs() const { return p_.segments ? p_.num_seqs : p_.batch; }
 
-  // Row g < groups: query head g of the task; row groups: its kv head.
-  double* row(int64_t sequence, int64_t kv_head, int64_t g) const {
-    return base_ + ((sequence * p_.num_kv_heads + kv_head) * (groups() + 1) + g) * row_size();
+  // Of query head g of a piece of the queries; of a piece of the keys.
+  double* query_row(int64_t slot, int64_t g) const {
+    return base_ + (slot * groups() + g) * row_size();
   }
-  // d loss / d c_t of one (batch, kv head): (seqlen).
-  double* decay(int64_t batch, int64_t kv_head) const {
-    return base_ + rows() + (batch * p_.num_kv_heads + kv_head) * p_.seqlen;
+  double* key_row(int64_t slot) const { return query_row(counts_.queries, 0) + slot * row_size(); }
+
+  // Gradients of the sinks, dk (sinks, headdim) and then dv (sinks, headdim_v): what one piece of
+  // the queries adds to them; what the piece of the keys that holds them found itself.
+  double* query_sinks(int64_t slot) const { return key_row(counts_.keys) + slot * sinks_size(); }
+  double* key_sinks(int64_t slot) const { return query_sinks(counts_.queries + slot); }
+
+  // d loss / d c_t of one (batch, kv head), (seqlen): what its queries add, and what its keys do.
+  double* query_decay(int64_t batch, int64_t kv_head) const {
+    return key_sinks(counts_.keys) + (batch * p_.num_kv_heads + kv_head) * p_.seqlen;
   }
-  size_t bytes() const {
-    const int64_t decay = p_.log_decay ? p_.batch * p_.num_kv_heads * p_.seqlen : 0;
-    return (rows() + decay) * sizeof(double);
+  double* key_decay(int64_t batch, int64_t kv_head) const {
+    return query_decay(p_.batch + batch, kv_head);
+  }
+
+  size_t size() const {
+    const int64_t pieces = counts_.queries + counts_.keys;
+    const int64_t rows = counts_.queries * groups() + counts_.keys;
+    const int64_t decay = p_.log_decay ? 2 * p_.batch * p_.num_kv_heads * p_.seqlen : 0;
+    return rows * row_size() + pieces * sinks_size() + decay;
   }
 
  private:
-  bool given() const { return p_.kind == FeatureKind::kGiven || p_.num_features == 0; }
-  int64_t rows() const { return num_seqs() * p_.num_kv_heads * (groups() + 1) * row_size(); }
+  int64_t sinks_size() const { return p_.sinks * (p_.headdim + p_.headdim_v); }
 
   const LinearAttentionParams& p_;
+  const BackwardCounts counts_;
   double* base_;
 };
 

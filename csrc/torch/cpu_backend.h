@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/sequence_split.h"
+#include "cpu/work_split.h"
 #include "dijiang/core/dct.h"
 #include "dijiang/core/feature_map.h"
 #include "dijiang/core/linear_attention.h"
@@ -34,18 +34,21 @@ struct CpuBackend {
   }
 
   static void attention_forward(const LinearAttentionParams& p, const Tensor&) {
-    const cpu::SequenceSplit split(p, torch::stable::get_num_threads());
-    over_tasks(split.num_state_tasks(),
-               [&](int64_t begin, int64_t end) { split.run_states(begin, end); });
-    over_tasks(split.num_tasks(), [&](int64_t begin, int64_t end) { split.run(begin, end); });
+    const auto shares = cpu::split_forward(p, torch::stable::get_num_threads());
+    over_tasks(shares.count(), [&](int64_t begin, int64_t end) {
+      cpu::linear_attention_forward(p, shares.pieces, shares.first[begin], shares.first[end]);
+    });
   }
 
   static void attention_backward(LinearAttentionBackwardParams& p, const Tensor& like) {
-    const Tensor workspace = new_workspace(like, cpu::linear_attention_backward_workspace(p));
+    const auto shares = cpu::split_backward(p, torch::stable::get_num_threads());
+    const Tensor workspace =
+        new_workspace(like, cpu::linear_attention_backward_workspace(p, shares.pieces));
     p.workspace = data_of(workspace);
-    over_tasks(cpu::linear_attention_num_tasks(p.forward),
-               [&](int64_t begin, int64_t end) { cpu::linear_attention_backward(p, begin, end); });
-    cpu::linear_attention_backward_finish(p);
+    over_tasks(shares.count(), [&](int64_t begin, int64_t end) {
+      cpu::linear_attention_backward(p, shares.pieces, shares.first[begin], shares.first[end]);
+    });
+    cpu::linear_attention_backward_finish(p, shares.pieces);
   }
 
   static void attention_update(const LinearAttentionParams& p, const Tensor&) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/dtype.h"
+#include "cpu/work_split.h"
 #include "reference.h"
 
 namespace dijiang::testing {
@@ -178,7 +179,8 @@ class Case {
   }
 
   // After forward(). grad_kv and grad_z are gradients of the final state as it is stored.
-  void backward(const Array& grad_out, const Array& grad_kv = {}, const Array& grad_z = {}) {
+  void backward(const Array& grad_out, const Array& grad_kv = {}, const Array& grad_z = {},
+                int64_t threads = 1) {
     const DType acc = acc_of(dtype);
     LinearAttentionBackwardParams s;
     s.forward = params();
@@ -216,17 +218,20 @@ class Case {
     s.grad_log_decay = dlog_decay.data();
     s.grad_initial_kv = dkv.data();
     s.grad_initial_z = dz.data();
-    std::vector<char> workspace(cpu::linear_attention_backward_workspace(s));
+    const cpu::Shares<cpu::BackwardPiece> shares = cpu::split_backward(s, threads);
+    std::vector<char> workspace(cpu::linear_attention_backward_workspace(s, shares.pieces), 0x7f);
     s.workspace = workspace.data();
-    const int64_t tasks = cpu::linear_attention_num_tasks(s.forward);
-    for (int64_t task = tasks - 1; task >= 0; --task) {
-      cpu::linear_attention_backward(s, task, task + 1);
+    num_pieces = static_cast<int64_t>(shares.pieces.size());
+    for (int64_t piece = num_pieces - 1; piece >= 0; --piece) {  // any order will do
+      cpu::linear_attention_backward(s, shares.pieces, piece, piece + 1);
     }
-    cpu::linear_attention_backward_finish(s);
+    cpu::linear_attention_backward_finish(s, shares.pieces);
   }
 
   DType dtype;
   Problem p;
+  int64_t num_pieces = 0;  // of the last backward
+
   Tensor q, k, v, omega_q, weight_q, beta_q, omega_k, weight_k, beta_k, log_decay;
   Tensor out, row_scale, row_sum;
   Tensor dq, dk, dv, domega_q, dweight_q, dbeta_q, domega_k, dweight_k, dbeta_k, dlog_decay, dkv,

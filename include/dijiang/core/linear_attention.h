@@ -12,6 +12,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
 #include "dijiang/core/types.h"
 
@@ -118,18 +120,41 @@ namespace cpu {
 // A task is one (sequence, kv head); tasks are independent, so any thread may run any range.
 int64_t linear_attention_num_tasks(const LinearAttentionParams& params);
 
-// Writes out, row_scale, row_sum and final for tasks [begin, end). The caller zeroes out first
-// when segments leave padding.
+// Tokens [begin, end) of a task's sequence, counted from its first; an end beyond the last token is
+// the last. Pieces of a task are independent too: one that begins later first walks over the keys
+// before it (the backward's keys: over the queries after it) for their state alone.
+struct AttentionPiece {
+  int64_t task = 0, begin = 0, end = std::numeric_limits<int64_t>::max();
+};
+
+// Writes out, row_scale and row_sum of pieces [begin, end), and final where one ends its sequence.
+// The caller zeroes out first when segments leave padding. initial and final may be the same memory
+// only where no task is cut.
+void linear_attention_forward(const LinearAttentionParams& params,
+                              const std::vector<AttentionPiece>& pieces, int64_t begin,
+                              int64_t end);
+// Whole tasks [begin, end).
 void linear_attention_forward(const LinearAttentionParams& params, int64_t begin, int64_t end);
 
-size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& params);
+// The backward goes over each sequence twice: forwards in time for the queries' gradients,
+// backwards for the keys' and values'. Each is cut into pieces of its own; slot numbers the pieces
+// of a half.
+enum class BackwardHalf { kQueries, kKeys };
+struct BackwardPiece : AttentionPiece {
+  BackwardHalf half = BackwardHalf::kQueries;
+  int64_t slot = 0;
+};
 
 // The caller zeroes grad_q, grad_k, grad_v, grad_log_decay first when segments leave padding.
-void linear_attention_backward(const LinearAttentionBackwardParams& params, int64_t begin,
+// Pieces may run in any order and on any thread, before linear_attention_backward_finish sums what
+// they left in the workspace (of linear_attention_backward_workspace bytes).
+size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& params,
+                                           const std::vector<BackwardPiece>& pieces);
+void linear_attention_backward(const LinearAttentionBackwardParams& params,
+                               const std::vector<BackwardPiece>& pieces, int64_t begin,
                                int64_t end);
-
-// After all tasks: sums the per-task parameter gradients of the workspace into grad_fq, grad_fk.
-void linear_attention_backward_finish(const LinearAttentionBackwardParams& params);
+void linear_attention_backward_finish(const LinearAttentionBackwardParams& params,
+                                      const std::vector<BackwardPiece>& pieces);
 
 // One token a sequence (seqlen = 1, segments null): reads and writes `final` in place, ignores
 // `initial`. The state must exist (kv, and length when window or sinks are set). Every kv head of a
