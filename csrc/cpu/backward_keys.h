@@ -185,7 +185,6 @@ class BackwardKeys {
     maps_.keys.exponents(keys_, rows, a_, plain_);
     const Acc none = p_.kind == FeatureKind::kGiven ? Acc(0) : Acc(kLowestExponent);
     for (int64_t s = 0; s < rows && is_sink(s); ++s) fill(a_ + s * mp_, mp_, none);
-    fill(da_, rows * mp_, Acc(0));
   }
   bool is_sink(int64_t s) const { return position_of(token_ + s) < p_.sinks; }
 
@@ -230,12 +229,13 @@ class BackwardKeys {
     if (p_.log_decay && !is_sink(s)) workspace_.key_decay(batch_, head_)[token_ + s] -= sum;
   }
 
-  // da += factor_s (R . v - rho)
+  // da = factor_s (R . v - rho)
   void read_future(const Acc* r, const Acc* rho, const Acc* factor) {
     for (int64_t s = 0; s < rows_; ++s) {
       for (int64_t j = 0; j < vp_; ++j) weighed_[s * vp_ + j] = factor[s] * values_[s * vp_ + j];
     }
-    gemm<Operand::kPlain, Operand::kTransposed>(rows_, mp_, vp_, weighed_, vp_, r, vp_, da_, mp_);
+    gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(rows_, mp_, vp_, weighed_, vp_, r,
+                                                                 vp_, da_, mp_);
     for (int64_t s = 0; s < rows_; ++s) {
       const Vec<Acc> weight = broadcast(-factor[s]);
       for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
@@ -429,7 +429,9 @@ class BackwardKeys {
 
     turn(fk_, mp_, rows_, mp_, turned_fk_, kTile, kTile);
     turn(values_, vp_, rows_, vp_, turned_values_, kTile, kTile);
-    fill(exact_, rows_ * mp_, Acc(0));
+    for (int64_t s = 0; s < rows_; ++s) {
+      if (exact[s]) fill(exact_ + s * mp_, mp_, Acc(0));
+    }
     for (int64_t g = 0; g < groups_; ++g) {
       const QueryTile<Acc>& tile = queries(g, token_, rows_);
       chunk_queries<kGiven>(tile, exact);

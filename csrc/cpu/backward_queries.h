@@ -72,7 +72,6 @@ class BackwardQueries {
     fill(dq_, rows * dp, Acc(0));
     near();
     if (walk_.has_far) {
-      fill(db_, rows * walk_.mp, Acc(0));
       if (walk_.intra) {
         chunk<kGiven>();
       } else {
@@ -131,13 +130,14 @@ class BackwardQueries {
       shift[t] = decay.whole;
       factor[t] = decay.fraction * queries_.inverse[t];
     }
-    add_state(walk_.state.kv, walk_.state.z, factor);
+    add_state<Result::kAssign>(walk_.state.kv, walk_.state.z, factor);
     for (int64_t t = 0; t < rows; ++t) {
       multiply_features<kGiven>(t, queries_.b + t * mp, walk_.state.log_scale, shift[t]);
     }
   }
 
-  // db += factor (kv . do - delta z)
+  // db = or += factor (kv . do - delta z)
+  template <Result kResult>
   void add_state(const Acc* kv, const Acc* z, const Acc* factor) {
     const int64_t rows = walk_.rows, mp = walk_.mp, vp = walk_.vp;
     for (int64_t t = 0; t < rows; ++t) {
@@ -145,7 +145,8 @@ class BackwardQueries {
         weighed_grad_[t * vp + j] = factor[t] * queries_.grad[t * vp + j];
       }
     }
-    gemm<Operand::kPlain, Operand::kTransposed>(rows, mp, vp, weighed_grad_, vp, kv, vp, db_, mp);
+    gemm<Operand::kPlain, Operand::kTransposed, kResult>(rows, mp, vp, weighed_grad_, vp, kv, vp,
+                                                         db_, mp);
     for (int64_t t = 0; t < rows; ++t) {
       const Vec<Acc> weight = broadcast(-factor[t] * queries_.delta[t]);
       for (int64_t i = 0; i < mp; i += kLanes<Acc>) {
@@ -196,9 +197,9 @@ class BackwardQueries {
       if (exact[t] || !walk_.has_decay) continue;
       for (int64_t s = 0; s <= t; ++s) row[s] *= walk_.mask[t * kTile + s];
     }
-    gemm<Operand::kPlain, Operand::kPlain>(rows, mp, rows, far_, kTile, walk_.fk, mp, db_, mp,
-                                           {Causal::kLeft, 0});
-    add_state(walk_.chunk_kv, walk_.chunk_z, factor);
+    gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, mp, rows, far_, kTile, walk_.fk,
+                                                            mp, db_, mp, {Causal::kLeft, 0});
+    add_state<Result::kAdd>(walk_.chunk_kv, walk_.chunk_z, factor);
     for (int64_t t = 0; t < rows; ++t) {
       if (exact[t]) {
         exact_row<kGiven>(t);

@@ -49,6 +49,8 @@ DIJIANG_INLINE void dispatch_given(FeatureKind kind, Body&& body) {
 
 // Gradients of one head's parameters on their way to the workspace: a few tiles in Acc, the whole
 // sequence in double.
+inline constexpr int64_t kPendingRows = 4 * kTile;
+
 template <typename Acc>
 struct FeatureSums {
   int64_t m = 0, d = 0, mp = 0, dp = 0;
@@ -231,7 +233,7 @@ class Features {
     gemm<Operand::kPlain, Operand::kPlain>(rows, dp_, paired_ ? half : mp_, db, mp_, rows_, dp_, dx,
                                            dp_);
     grads.pending += rows;
-    if (grads.pending >= kTile) grads.flush(scale_);
+    if (grads.pending >= kPendingRows) grads.flush(scale_);
   }
 
   int64_t padded_features() const { return mp_; }
@@ -243,8 +245,7 @@ class Features {
     const Vec<Acc> highest = broadcast(Acc(kHighestExponent));
     for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
       const Vec<Acc> x = load(u + i) - shift + load(bias_ + i);
-      const Vec<Acc> below = x < lowest ? lowest : x;  // NaN stays
-      store(row + i, below > highest ? highest : below);
+      store(row + i, min(max(x, lowest), highest));  // NaN stays
     }
     for (int64_t i = m_; i < mp_; ++i) row[i] = Acc(kLowestExponent);
   }

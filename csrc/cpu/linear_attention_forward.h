@@ -126,9 +126,10 @@ class LinearAttentionForward {
       const Acc decay = walk_.intra ? Acc(0) : Decay<Acc>(walk_.decay_to(t)).whole;
       Vec<Acc> far = broadcast(static_cast<Acc>(kEmptyLogScale));
       for (int64_t i = 0; i < walk_.mp; i += kLanes<Acc>) {
-        far = max(far, F::exponent(load(b_ + t * walk_.mp + i)) + load(scale + i) + decay);
+        const Vec<Acc> b = load(b_ + t * walk_.mp + i);
+        far = max(far, (kGiven ? F::exponent(b) : b) + load(scale + i));  // scale is whole
       }
-      const Acc far_top = horizontal_max<Acc>(far);
+      const Acc far_top = std::ceil(horizontal_max<Acc>(far)) + decay;
       top = far_top > top ? far_top : top;
     }
     scale_[t] = top;
@@ -137,7 +138,8 @@ class LinearAttentionForward {
   // num and den of the near keys; the far keys' are added to them.
   void weigh_near() {
     const int64_t rows = walk_.rows, vp = walk_.vp, columns = walk_.near_columns();
-    fill(num_, rows * vp, Acc(0));
+    num_empty_ = columns == 0 && walk_.intra;
+    if (!num_empty_) fill(num_, rows * vp, Acc(0));
     for (int64_t t = 0; t < rows; ++t) {
       Acc* row = near_ + t * near_stride_;
       const int64_t visible = walk_.visible(t);
@@ -159,6 +161,14 @@ class LinearAttentionForward {
   void multiply_visible(const Acc* weights, int64_t stride, int64_t count, int64_t first,
                         const Acc* values, Causal causal) {
     const int64_t vp = walk_.vp;
+    if (values_finite_ && num_empty_) {
+      gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(
+          walk_.rows, vp, count, weights + first, stride, values, vp, num_, vp, causal);
+      num_empty_ = false;
+      return;
+    }
+    if (num_empty_) fill(num_, walk_.rows * vp, Acc(0));
+    num_empty_ = false;
     if (values_finite_) {
       gemm<Operand::kPlain, Operand::kPlain>(walk_.rows, vp, count, weights + first, stride, values,
                                              vp, num_, vp, causal);
@@ -184,9 +194,13 @@ class LinearAttentionForward {
     if (walk_.intra) {
       for (int64_t t = 0; t < rows; ++t) {
         const Vec<Acc> r = broadcast(scale_[t]);
+        Vec<Acc> sum{};
         for (int64_t i = 0; i < mp; i += L) {
-          store(fq_ + t * mp + i, F::scaled(load(b_ + t * mp + i), load(scale + i), -r));
+          const Vec<Acc> f = F::scaled(load(b_ + t * mp + i), load(scale + i), -r);
+          store(fq_ + t * mp + i, f);
+          sum = multiply_add(f, load(state_z + i), sum);
         }
+        if (!walk_.has_decay) den_[t] += horizontal_sum<Acc>(sum);
       }
       gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
           rows, rows, mp, fq_, mp, walk_.fk, mp, far_, kTile, {Causal::kResult, 0});
@@ -198,18 +212,14 @@ class LinearAttentionForward {
       }
       multiply_visible(far_, kTile, rows, 0, walk_.tile_values, {Causal::kLeft, 0});
     }
-    for (int64_t t = 0; t < rows; ++t) {
+    // The state's decay is the row's; without one fq_ and den_ already hold what is read.
+    for (int64_t t = 0; t < rows && (walk_.has_decay || !walk_.intra); ++t) {
       const Decay<Acc> decay(walk_.decay_to(t), -scale_[t]);
       const Vec<Acc> shift = broadcast(decay.whole), fraction = broadcast(decay.fraction);
       Vec<Acc> sum{};
       for (int64_t i = 0; i < mp; i += L) {
-        Vec<Acc> f;
-        if (walk_.intra && !walk_.has_decay) {
-          f = load(fq_ + t * mp + i);
-        } else {
-          f = F::scaled(load(b_ + t * mp + i), load(scale + i), shift) * fraction;
-          store(fq_ + t * mp + i, f);
-        }
+        const Vec<Acc> f = F::scaled(load(b_ + t * mp + i), load(scale + i), shift) * fraction;
+        store(fq_ + t * mp + i, f);
         sum = multiply_add(f, load(state_z + i), sum);
       }
       den_[t] += horizontal_sum<Acc>(sum);
@@ -296,6 +306,7 @@ class LinearAttentionForward {
   Features<Acc>* fq_maps_ = nullptr;
   int64_t near_stride_ = 0;
   bool values_finite_ = true;  // of the tile's own values
+  bool num_empty_ = true;      // nothing was written to num_ yet
   Acc* q_ = nullptr;           // (rows, dp)
   Acc* scaled_q_ = nullptr;    // q scale log2 e
   Acc* near_ = nullptr;        // (rows, near_stride): scores, then weights

@@ -73,31 +73,67 @@ DIJIANG_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kBlock > 1) transpose<T, kBlock / 2>(rows);
 }
 
-// max and min keep a: a NaN in b is passed over, a NaN in a stays.
+// max and min keep a: a NaN in b is passed over, a NaN in a stays. That is what the instructions
+// do, but compilers make a comparison and a blend of b > a ? b : a.
 template <typename V>
 DIJIANG_INLINE V max(V a, V b) {
+#if DIJIANG_ISA_LEVEL == 4
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    return (V)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);
+  } else {
+    return (V)_mm512_maskz_max_pd(0xff, (__m512d)b, (__m512d)a);
+  }
+#elif DIJIANG_ISA_LEVEL == 3
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    return (V)_mm256_max_ps((__m256)b, (__m256)a);
+  } else {
+    return (V)_mm256_max_pd((__m256d)b, (__m256d)a);
+  }
+#else
   return b > a ? b : a;
+#endif
 }
 template <typename V>
 DIJIANG_INLINE V min(V a, V b) {
+#if DIJIANG_ISA_LEVEL == 4
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    return (V)_mm512_maskz_min_ps(0xffff, (__m512)b, (__m512)a);
+  } else {
+    return (V)_mm512_maskz_min_pd(0xff, (__m512d)b, (__m512d)a);
+  }
+#elif DIJIANG_ISA_LEVEL == 3
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    return (V)_mm256_min_ps((__m256)b, (__m256)a);
+  } else {
+    return (V)_mm256_min_pd((__m256d)b, (__m256d)a);
+  }
+#else
   return b < a ? b : a;
+#endif
 }
 
-template <typename T>
-DIJIANG_INLINE T horizontal_sum(Vec<T> x) {
-  T lanes[kLanes<T>];
-  store(lanes, x);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  }
-  return lanes[0];
+// Lane i gets lane i + kBy.
+template <int kBy, typename T, size_t... kLane>
+DIJIANG_INLINE Vec<T> rotate_lanes(Vec<T> x, std::index_sequence<kLane...>) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, ((kLane + kBy) % L)...);
+#else
+  return __builtin_shuffle(x, typename VecOf<T>::bits{((kLane + kBy) % L)...});
+#endif
 }
-template <typename T>
+// Over all lanes, by halves, quarters, ...
+template <typename T, int kHalf = kLanes<T> / 2>
+DIJIANG_INLINE T horizontal_sum(Vec<T> x) {
+  x += rotate_lanes<kHalf, T>(x, std::make_index_sequence<kLanes<T>>{});
+  if constexpr (kHalf > 1) return horizontal_sum<T, kHalf / 2>(x);
+  return x[0];
+}
+template <typename T, int kHalf = kLanes<T> / 2>
 DIJIANG_INLINE T horizontal_max(Vec<T> x) {
-  T lanes[kLanes<T>];
-  store(lanes, x);
-  for (int i = 1; i < kLanes<T>; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-  return lanes[0];
+  x = max(x, rotate_lanes<kHalf, T>(x, std::make_index_sequence<kLanes<T>>{}));
+  if constexpr (kHalf > 1) return horizontal_max<T, kHalf / 2>(x);
+  return x[0];
 }
 
 // a b + c in one rounding where the target can.
