@@ -8,13 +8,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,28 @@ class Timing:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 3
-) -> dict[str, Timing]:
+    functions: Mapping[Key, Callable[[], object]],
+    *,
+    seconds: float,
+    least: int = 3,
+    before: Callable[[Key], object] = lambda name: None,
+    warm: bool = True,
+) -> dict[Key, Timing]:
     """Times the functions in turn, call by call, until each has run for `seconds`.
 
     Taking turns lets a slow phase of the machine fall on all of them, so their ratios hold even
-    where the figures themselves do not. A function already done is not called any more.
+    where the figures themselves do not. A function already done is not called any more. `before`
+    is called with a function's name ahead of each call, outside its time. warm=False leaves out
+    the first call of each that is not timed, for functions that the caller has warmed up.
     """
-    for function in functions.values():
+    for name, function in functions.items() if warm else ():
+        before(name)
         function()  # first calls allocate and choose kernels
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Key, list[float]] = {name: [] for name in functions}
     running = list(functions)
     while running:
         for name in list(running):
+            before(name)
             begin = time.perf_counter()
             functions[name]()
             times[name].append(time.perf_counter() - begin)
@@ -71,18 +83,18 @@ def machine() -> str:
     )
 
 
-def write(rows: Sequence[Mapping], path: Path) -> None:
-    """A CSV with the machine in its first line, which readers skip as a comment."""
+def write(rows: Sequence[Mapping], path: Path, note: str = "") -> None:
+    """A CSV with the machine, and a note, in its first line, which readers skip as a comment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {machine()}\n")
+        file.write(f"# {machine()}{note and f', {note}'}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read(path: Path) -> tuple[str, list[dict[str, str]]]:
-    """The machine and the rows of a CSV that `write` made."""
+    """The machine, with the note, and the rows of a CSV that `write` made."""
     with path.open(newline="") as file:
         first = file.readline().removeprefix("#").strip()
         return first, list(csv.DictReader(file))

@@ -2,56 +2,91 @@
 
     python benchmarks/dct.py                # benchmarks/results/dct.{csv,png}
 
-float32, 2**22 numbers in all, rows of 64 to 4096 of them.
+2**22 numbers in all, float32 in rows of 32 to 4096 of them, and bfloat16 in rows of 64. torch-dct
+is compared with where it is installed (see rivals.py).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+import rivals
 import torch
-from common import arguments, interleaved, table, write
+from common import Timing, arguments, interleaved, table, write
 from dijiang import ops, plots, reference
+from torch import Tensor
 
-OURS, PRODUCT, COPY = "dijiang dct", "matrix product", "copy"
+OURS, TORCH_DCT, PRODUCT, COPY = "dijiang dct", "torch-dct", "matrix product", "copy"
+BFLOAT16 = ", bfloat16"
+HALF_ROWS = 64  # the row length that is measured in bfloat16, too
+
+
+def forms(x: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed on the rows of x."""
+    out = torch.empty_like(x)
+    matrix = reference.dct_matrix(x.shape[-1], torch.float32).to(x.dtype)
+    calls = {
+        OURS: lambda: ops.dct(x),
+        PRODUCT: lambda: torch.mm(x, matrix.mT, out=out),
+        COPY: lambda: out.copy_(x),
+    }
+    # Torch's FFT on the CPU, which torch-dct calls, has no bfloat16.
+    if x.dtype == torch.float32 and (other := rivals.find(TORCH_DCT)):
+        calls[TORCH_DCT] = lambda: other(x, norm="ortho")
+    return calls
+
+
+def calls_at(n: int, total: int) -> dict[str, Callable[[], object]]:
+    """All forms for rows of n: they take turns."""
+    x = torch.randn(total // n, n)
+    calls = forms(x)
+    if n == HALF_ROWS:
+        calls |= {name + BFLOAT16: call for name, call in forms(x.bfloat16()).items()}
+    return calls
+
+
+def row(n: int, form: str, timings: dict[str, Timing], total: int) -> dict:
+    """One line of the CSV; ratios are speeds as multiples of those of the same dtype."""
+    timing = timings[form]
+    dtype = BFLOAT16 if form.endswith(BFLOAT16) else ""
+    size = 2 if dtype else 4
+    return {
+        "n": n,
+        "form": form,
+        "median_ms": f"{1e3 * timing.median:.4g}",
+        "p10_ms": f"{1e3 * timing.low:.4g}",
+        "p90_ms": f"{1e3 * timing.high:.4g}",
+        "gb_per_s": f"{2 * size * (total // n) * n / timing.median / 1e9:.3g}",
+        "product_ratio": f"{timings[PRODUCT + dtype].median / timing.median:.3g}",
+        "copy_ratio": f"{timings[COPY + dtype].median / timing.median:.3g}",
+    }
 
 
 def main() -> int:
     args = arguments(__doc__.partition("\n")[0]).parse_args()
     torch.set_num_threads(args.threads)
-    sizes = (64, 100) if args.quick else (64, 80, 96, 128, 256, 512, 1024, 4096)
+    note = rivals.note([TORCH_DCT])
+    print(note)
+    sizes = (64, 100) if args.quick else (32, 64, 80, 96, 128, 256, 512, 1024, 4096)
     total = 2**14 if args.quick else 2**22
     rows = []
-    series: dict[str, list] = {OURS: [], PRODUCT: [], COPY: []}
+    series: dict[str, list] = {}
     for n in sizes:
-        x = torch.randn(total // n, n)
-        out = torch.empty_like(x)
-        matrix = reference.dct_matrix(n, torch.float32)
         with torch.inference_mode():
-            calls = {
-                OURS: lambda x=x: ops.dct(x),
-                PRODUCT: lambda x=x, matrix=matrix, out=out: torch.mm(x, matrix.mT, out=out),
-                COPY: lambda x=x, out=out: out.copy_(x),
-            }
-            timings = interleaved(calls, seconds=0.01 if args.quick else 1.0)
-        for name, timing in timings.items():
-            speed = 2 * 4 * x.numel() / timing.median / 1e9
-            series[name].append((n, speed))
-            rows.append(
-                {
-                    "n": n,
-                    "form": name,
-                    "median_ms": f"{1e3 * timing.median:.4g}",
-                    "p10_ms": f"{1e3 * timing.low:.4g}",
-                    "p90_ms": f"{1e3 * timing.high:.4g}",
-                    "gb_per_s": f"{speed:.3g}",
-                    "product_ratio": f"{timings[PRODUCT].median / timing.median:.3g}",
-                }
+            timings = interleaved(calls_at(n, total), seconds=0.01 if args.quick else 1.0)
+        for form, timing in timings.items():
+            line = row(n, form, timings, total)
+            rows.append(line)
+            if not form.endswith(BFLOAT16):
+                series.setdefault(form, []).append((n, float(line["gb_per_s"])))
+            print(
+                f"n {n:5} {form:25} {1e3 * timing.median:8.3f} ms {line['gb_per_s']:>6} GB/s",
+                flush=True,
             )
-            print(f"n {n:5} {name:15} {1e3 * timing.median:8.3f} ms {speed:7.2f} GB/s", flush=True)
-    write(rows, args.out / "dct.csv")
+    write(rows, args.out / "dct.csv", note)
     print()
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    print(table(list(rows[0]), [list(line.values()) for line in rows]))
     plots.lines(
         series,
         args.out / "dct.png",

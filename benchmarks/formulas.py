@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,14 @@ def linear_chunked(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, chunk: int = 
         state = state + b.mT @ c
     out = torch.cat(outputs, dim=2)
     return out[..., :-1] / (out[..., -1:] + 1e-6)
+
+
+def linear_product(fq: Tensor, fk: Tensor, v: Tensor, product: Callable) -> Tensor:
+    """The same from given features, by a kernel for sum_{s<=t} (fq_t . fk_s) v_s.
+
+    The denominator is what fast-transformers' CausalLinearAttention puts beside its product.
+    """
+    return product(fq, fk, v) / ((fq * fk.cumsum(2)).sum(-1, keepdim=True) + 1e-6)
 
 
 def linear_step(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, state: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
-memory.py and dct.py, and from a demo's results.json kept as demo.json.
+memory.py, dct.py and model.py, and from a demo's results.json kept as demo.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import floor
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("README.md", "docs/performance.md")
@@ -65,9 +66,8 @@ def decode() -> str:
 def attention(kind: str) -> str:
     """One kind of cpu.csv: a row a form, a column a length."""
     machine, rows = common.read(common.RESULTS / "cpu.csv")
-    rows = [row for row in rows if row["kind"] == kind]
-    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    forms = list(dict.fromkeys(row["form"] for row in rows))
+    rows = [row for row in rows if row["kind"] == kind and row["form"] not in floor.LIMITS]
+    lengths, forms = _distinct(rows, "tokens"), _distinct(rows, "form")
     at = {(row["form"], row["tokens"]): row for row in rows}
     cells = []
     for form in forms:
@@ -81,22 +81,95 @@ def attention(kind: str) -> str:
     return table + "\n\n" + _measured(machine)
 
 
+def attention_floor() -> str:
+    """The forward of our linear form against what the machine does at best, with 1 thread, too."""
+    machine, rows = common.read(common.RESULTS / "cpu.csv")
+    rates = {(row["kind"], row["tokens"], row["threads"], row["form"]): row["rate"] for row in rows}
+    cells = {}
+    for row in rows:
+        key = row["threads"], row["tokens"]
+        if row["floor_fraction"] and key not in cells:
+            least = float(row["median_ms"]) * float(row["floor_fraction"])
+            limits = [rates[row["kind"], row["tokens"], row["threads"], x] for x in floor.LIMITS]
+            share = f"{100 * float(row['floor_fraction']):.0f} %"
+            cells[key] = [*key, f"{float(row['median_ms']):.3g}", f"{least:.3g}", share, *limits]
+    header = ["threads", "tokens", "dijiang, linear, ms", "floor, ms", "floor / dijiang"]
+    ordered = [cells[key] for key in sorted(cells, key=lambda key: tuple(map(int, key)))]
+    return common.table([*header, *floor.LIMITS], ordered) + "\n\n" + _measured(machine)
+
+
+def attention_threads() -> str:
+    """Times with one thread and with all of them: a row a form, a column a kind and length."""
+    machine, rows = common.read(common.RESULTS / "cpu.csv")
+    rows = [row for row in rows if row["kind"].endswith(" by threads")]
+    threads = sorted(map(int, _distinct(rows, "threads")))
+    columns = list(dict.fromkeys((row["kind"], row["tokens"]) for row in rows))
+    at = {
+        (row["form"], row["kind"], row["tokens"], int(row["threads"])): float(row["median_ms"])
+        for row in rows
+    }
+    cells = []
+    for form in _distinct(rows, "form"):
+        # Of a limit the time, like the others: not what its name gives the rate in.
+        line = [form.partition(",")[0] if form in floor.LIMITS else form]
+        for column in columns:
+            one, most = (at.get((form, *column, count)) for count in (threads[0], threads[-1]))
+            line.append(f"{one:.3g} → {most:.3g} ({one / most:.2f} x)" if one else "-")
+        cells.append(line)
+    header = [f"ms, 1 → {threads[-1]} threads (gain)"]
+    header += [f"{kind.removesuffix(' by threads')} {tokens}" for kind, tokens in columns]
+    return common.table(header, cells) + "\n\n" + _measured(machine)
+
+
+def attention_dtypes() -> str:
+    """The forward on float32 and on bfloat16: a row a dtype, a column a length."""
+    machine, rows = common.read(common.RESULTS / "cpu.csv")
+    rows = [row for row in rows if row["kind"] == "forward by dtype"]
+    at = {(row["form"], row["tokens"]): float(row["median_ms"]) for row in rows}
+    lengths, forms = _distinct(rows, "tokens"), _distinct(rows, "form")
+    cells = [
+        [form, *(f"{at[form, n]:.3g} ({at[forms[0], n] / at[form, n]:.3g} x)" for n in lengths)]
+        for form in forms
+    ]
+    table = common.table(["ms at tokens (speed / float32's)", *lengths], cells)
+    return table + "\n\n" + _measured(machine)
+
+
 def memory() -> str:
     machine, rows = common.read(common.RESULTS / "memory.csv")
-    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    forms = list(dict.fromkeys(row["form"] for row in rows))
+    lengths, forms = _distinct(rows, "tokens"), _distinct(rows, "form")
     at = {(row["form"], row["tokens"]): row["peak_mib"] for row in rows}
     cells = [[form, *(at.get((form, length), "-") for length in lengths)] for form in forms]
     return common.table(["MiB at tokens", *lengths], cells) + "\n\n" + _measured(machine)
 
 
-def dct() -> str:
+def dct(column: str, title: str) -> str:
+    """One column of dct.csv: a row a form, a column a row length."""
     machine, rows = common.read(common.RESULTS / "dct.csv")
-    sizes = list(dict.fromkeys(row["n"] for row in rows))
-    forms = list(dict.fromkeys(row["form"] for row in rows))
-    at = {(row["form"], row["n"]): row["gb_per_s"] for row in rows}
-    cells = [[form, *(at[form, n] for n in sizes)] for form in forms]
-    return common.table(["GB/s at n", *sizes], cells) + "\n\n" + _measured(machine)
+    sizes = _distinct(rows, "n")
+    at = {(row["form"], row["n"]): row[column] for row in rows}
+    cells = [[form, *(at.get((form, n), "-") for n in sizes)] for form in _distinct(rows, "form")]
+    return common.table([title, *sizes], cells) + "\n\n" + _measured(machine)
+
+
+def model() -> str:
+    """Reading and decoding of a whole model, before and after conversion."""
+    machine, rows = common.read(common.RESULTS / "model.csv")
+    at = {(row["kind"], row["model"]): row for row in rows}
+    cells = []
+    for kind in _distinct(rows, "kind"):
+        softmax, dijiang = at[kind, "softmax"], at[kind, "dijiang"]
+        both = (softmax, dijiang)
+        cells.append([
+            f"{kind}, {softmax['context']} tokens",
+            *(row["median_ms"] for row in both),
+            *(row["tokens_per_s"] for row in both),
+            dijiang["softmax_ratio"],
+            *(row["cache_mib"] or "-" for row in both),
+        ])  # fmt: skip
+    header = ["", "softmax ms", "dijiang ms", "softmax tokens/s", "dijiang tokens/s", "ratio"]
+    header += ["softmax cache MiB", "dijiang cache MiB"]
+    return common.table(header, cells) + "\n\n" + _measured(machine)
 
 
 def picture() -> str:
@@ -115,13 +188,23 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention forward": lambda: attention("forward"),
     "attention forward+backward": lambda: attention("forward+backward"),
     "attention decode": lambda: attention("decode"),
+    "attention floor": attention_floor,
+    "attention threads": attention_threads,
+    "attention dtypes": attention_dtypes,
     "memory": memory,
-    "dct": dct,
+    "dct": lambda: dct("gb_per_s", "GB/s at n"),
+    "dct of copy": lambda: dct("copy_ratio", "speed / the copy's at n"),
+    "model": model,
 }
 
 
 def _demo() -> dict:
     return json.loads((common.RESULTS / "demo.json").read_text())
+
+
+def _distinct(rows: Sequence[dict[str, str]], column: str) -> list[str]:
+    """The column's values, each once, in their order."""
+    return list(dict.fromkeys(row[column] for row in rows))
 
 
 def _measured(machine: str) -> str:

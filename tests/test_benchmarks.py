@@ -4,6 +4,7 @@ import csv
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -25,17 +26,35 @@ def run(name: str, out: pathlib.Path) -> list[dict[str, str]]:
     return rows
 
 
-def test_cpu(tmp_path):
-    rows = run("cpu", tmp_path)
-    assert {row["kind"] for row in rows} == {"forward", "forward+backward", "decode"}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the tests of this file leave results for test_tables_of_a_new_run."""
+    return tmp_path_factory.mktemp("results")
+
+
+def test_cpu(folder):
+    rows = run("cpu", folder)
+    kinds = ["forward", "forward+backward", "decode", "forward by threads"]
+    kinds += ["forward+backward by threads", "forward by dtype"]
+    assert list(dict.fromkeys(row["kind"] for row in rows)) == kinds
     assert all(
         float(row["p10_ms"]) <= float(row["median_ms"]) <= float(row["p90_ms"]) for row in rows
     )
     for row in rows:
         if row["form"].startswith("torch scaled"):
             assert float(row["sdpa_ratio"]) == 1.0
+        # Only where the machine's limits were measured in the same turns.
+        linear = row["form"] == "dijiang, linear"
+        limited = linear and row["kind"] in ("forward", "forward by threads")
+        assert bool(row["floor_fraction"]) == limited
+        assert not limited or float(row["floor_fraction"]) > 0
+        assert row["threads"] == "2" or row["kind"].endswith(" by threads")
+    learned = [row["kind"] for row in rows if row["form"].endswith("learned_pm")]
+    assert learned == ["forward"] * 2 + ["forward+backward"] * 2
+    for kind in ("forward by threads", "forward+backward by threads"):
+        assert {row["threads"] for row in rows if row["kind"] == kind} == {"1", "2"}
     for name in ("forward", "backward", "decode"):
-        assert (tmp_path / f"cpu_{name}.png").exists()
+        assert (folder / f"cpu_{name}.png").exists()
 
 
 def test_memory(tmp_path):
@@ -45,34 +64,66 @@ def test_memory(tmp_path):
     assert (tmp_path / "memory.png").exists()
 
 
-def test_dct(tmp_path):
-    rows = run("dct", tmp_path)
-    assert {row["form"] for row in rows} == {"dijiang dct", "matrix product", "copy"}
-    assert (tmp_path / "dct.png").exists()
+def test_dct(folder):
+    rows = run("dct", folder)
+    forms = {row["form"] for row in rows}
+    ours = {"dijiang dct", "matrix product", "copy"}
+    assert forms - {"torch-dct"} == ours | {f"{form}, bfloat16" for form in ours}
+    for row in rows:
+        if row["form"].startswith("copy"):
+            assert float(row["copy_ratio"]) == 1.0
+        if row["form"].endswith("bfloat16"):
+            assert row["n"] == "64"
+    assert (folder / "dct.png").exists()
+
+
+def test_model(folder):
+    pytest.importorskip("transformers")
+    rows = run("model", folder)
+    named = [(row["kind"], row["model"]) for row in rows]
+    assert named == [(k, m) for k in ("prefill", "decode") for m in ("softmax", "dijiang")]
+    for row in rows:
+        assert float(row["tokens_per_s"]) > 0
+        assert row["model"] != "softmax" or float(row["softmax_ratio"]) == 1.0
+        assert bool(row["cache_mib"]) == (row["kind"] == "decode")
 
 
 @pytest.fixture
-def scripts(monkeypatch):
+def bench(monkeypatch):
+    """The scripts, imported as they import each other."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import common
+    import cpu
+    import dct
+    import floor
     import formulas
     import readme_table
+    import rivals
 
-    yield common, formulas, readme_table
-    for name in ("common", "formulas", "readme_table"):
-        sys.modules.pop(name)
+    scripts = (common, cpu, dct, floor, formulas, readme_table, rivals)
+    yield types.SimpleNamespace(**{script.__name__: script for script in scripts})
+    for script in scripts:
+        sys.modules.pop(script.__name__)
 
 
-def test_the_compared_formulas_are_one_function(scripts):
+def causal_dot_product(q, k, v):
+    """What the function of this name in fast-transformers computes."""
+    return (q @ k.mT).tril() @ v
+
+
+def test_the_compared_formulas_are_one_function(bench):
     """What is timed beside ours computes the same: chunked, T x T, step by step, and ours."""
     import torch
     from dijiang import ops
 
-    _, formulas, _ = scripts
+    formulas = bench.formulas
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 70, 16, dtype=torch.float64)
     omega = torch.randn(2, 8, 16, dtype=torch.float64) / 4
     expected = formulas.linear_quadratic(q, k, v, omega)
+    given = [formulas.features(x, omega) for x in (q, k)]
+    made = formulas.linear_product(*given, v, causal_dot_product)
+    torch.testing.assert_close(made, expected)
     torch.testing.assert_close(formulas.linear_chunked(q, k, v, omega, chunk=32), expected)
     state = torch.zeros(1, 2, 8, 17, dtype=torch.float64)
     token = [
@@ -87,10 +138,10 @@ def test_the_compared_formulas_are_one_function(scripts):
     torch.testing.assert_close(formulas.softmax_quadratic(q, k, v), softmax)
 
 
-def test_interleaved_times_each_for_long_enough(scripts):
+def test_interleaved_times_each_for_long_enough(bench):
     import time
 
-    common, _, _ = scripts
+    common = bench.common
     order = []
 
     def slow():
@@ -110,14 +161,124 @@ def test_interleaved_times_each_for_long_enough(scripts):
     assert timings["fast"].calls > timings["slow"].calls  # each until it has had its time
 
 
-def test_readme_tables_are_those_of_the_results(scripts):
+def test_interleaved_calls_what_comes_before_outside_the_time(bench):
+    import time
+
+    order = []
+
+    def before(name):
+        order.append(("before", name))
+        time.sleep(0.02)
+
+    functions = {name: lambda name=name: order.append(("call", name)) for name in (1, 2)}
+    timings = bench.common.interleaved(functions, seconds=0.0, least=2, before=before, warm=False)
+    assert order == [(what, name) for name in (1, 2) for what in ("before", "call")] * 2
+    assert all(x.high < 0.02 and x.calls == 2 for x in timings.values())
+
+
+def test_multiply_adds_of_the_floor(bench):
+    """Counted one by one: each token's features, chunk, state read and state update."""
+    shape = bench.floor.Shape(heads=4, kv_heads=2, headdim=3, features=6, headdim_v=10)
+    query = 6 * 3 + 8 // 2 * (6 + 10) + 6 * 10  # half of a chunk's keys are in the future
+    key = 6 * 3 + 6 * 10
+    assert bench.floor.multiply_adds(5, shape, chunk=8) == 5 * (4 * query + 2 * key)
+    smollm2 = bench.floor.Shape(9, 3, 64, 64, 64)
+    assert bench.floor.multiply_adds(1, smollm2) == 9 * 3 * 64 * 64 + 3 * 2 * 64 * 64
+    # In one chunk as long as the sequence: what the masked products of all T x T pairs would cost.
+    whole = bench.floor.Shape(1, 1, 4, 8, 4)
+    state = 16 * 2 * (8 * 4 + 8 * 4)
+    assert bench.floor.multiply_adds(16, whole, chunk=16) - state == 16 * 16 * (8 + 4) / 2
+
+
+def test_the_floor_is_the_longer_of_products_and_traffic(bench):
+    floor = bench.floor
+    shape = floor.Shape(9, 3, 64, 64, 64)
+    adds, moved = floor.multiply_adds(100, shape), floor.least_bytes(100, shape)
+    assert moved == 100 * (9 + 3 + 3 + 9) * 64 * 4
+    assert floor.seconds(100, shape, adds, 10 * moved) == 1.0
+    assert floor.seconds(100, shape, 10 * adds, moved) == 1.0
+
+
+def test_limits_do_the_work_they_say(bench):
+    import torch
+
+    limits = bench.floor.limits(16, 64)
+    assert limits[bench.floor.PRODUCT].work == 16**3
+    assert limits[bench.floor.COPY].work == 2 * 4 * 64
+    product, copied = (limits[name].call() for name in bench.floor.LIMITS)
+    assert product.shape == (16, 16) and copied.shape == (64,)
+    assert product.dtype == copied.dtype == torch.float32
+
+
+def absent(monkeypatch, module):
+    """As if the module were not installed."""
+    monkeypatch.setitem(sys.modules, module, None)
+
+
+def present(monkeypatch, module, **functions):
+    """As if the module, with these functions, were installed."""
+    for name in [module, module.partition(".")[0]]:
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**functions))
+
+
+def test_a_rival_that_is_missing_is_left_out_and_named(bench, monkeypatch):
+    absent(monkeypatch, "torch_dct")
+    absent(monkeypatch, "fast_transformers")
+    absent(monkeypatch, "fast_transformers.causal_product")
+    both = list(bench.rivals.FUNCTIONS)
+    assert [bench.rivals.find(package) for package in both] == [None, None]
+    said = "pytorch-fast-transformers not installed, torch-dct not installed"
+    assert bench.rivals.note(both) == said
+    assert bench.cpu.FAST not in bench.cpu.forms(8, published=True)
+    assert bench.dct.TORCH_DCT not in bench.dct.calls_at(64, 64)
+
+
+def test_fast_transformers_where_it_is_installed(bench, monkeypatch):
+    import torch
+
+    present(monkeypatch, "fast_transformers.causal_product", causal_dot_product=causal_dot_product)
+    assert bench.rivals.note([bench.cpu.FAST_PACKAGE]).startswith("pytorch-fast-transformers ")
+    forms = bench.cpu.forms(70, published=True)
+    outputs = {name: function(*tensors) for name, (function, tensors) in forms.items()}
+    # Its denominator has an eps, ours has none.
+    fast, given = outputs[bench.cpu.FAST], outputs[bench.cpu.GIVEN]
+    torch.testing.assert_close(fast, given, rtol=1e-3, atol=1e-3)
+    assert set(outputs) == set(bench.cpu.FORMS)
+    assert all(out.shape == (1, bench.cpu.HEADS, 70, 64) for out in outputs.values())
+
+
+def test_torch_dct_where_it_is_installed(bench, monkeypatch, tmp_path, capsys):
+    from dijiang import ops
+
+    def dct(x, norm):
+        assert norm == "ortho"
+        return ops.dct(x)
+
+    present(monkeypatch, "torch_dct", dct=dct)
+    monkeypatch.setattr(sys, "argv", ["dct.py", "--quick", "--out", str(tmp_path)])
+    assert bench.dct.main() == 0
+    machine, rows = bench.common.read(tmp_path / "dct.csv")
+    assert ", torch-dct " in machine and "not installed" not in machine
+    assert "torch-dct" in capsys.readouterr().out
+    assert {row["n"] for row in rows if row["form"] == "torch-dct"} == {"64", "100"}
+
+
+def test_the_default_map_is_measured_with_its_pairs(bench):
+    import torch
+
+    fq, fk = bench.cpu.learned_parameters()
+    assert fq.omega.shape == (9, 128, 64) and fk.omega.shape == (3, 128, 64)
+    for omega in (fq.omega, fk.omega):
+        assert torch.equal(omega[:, 64:], -omega[:, :64]) and not omega.requires_grad
+
+
+def test_readme_tables_are_those_of_the_results(bench):
     """No figure in the README is older than, or other than, the committed results."""
-    _, _, readme_table = scripts
-    assert readme_table.main(["--check"]) == 0
+    assert bench.readme_table.main(["--check"]) == 0
 
 
-def test_a_stale_table_is_rewritten(scripts):
-    _, _, readme_table = scripts
+def test_a_stale_table_is_rewritten(bench):
+    readme_table = bench.readme_table
     page = "before\n<!-- table: dct -->\nold\n<!-- /table -->\nafter"
     readme_table.TABLES["dct"] = lambda: "new"
     made = readme_table.filled(page)
@@ -125,3 +286,28 @@ def test_a_stale_table_is_rewritten(scripts):
     assert readme_table.filled(made) == made
     with pytest.raises(SystemExit, match="no table 'nonsense'"):
         readme_table.filled("<!-- table: nonsense -->\n<!-- /table -->")
+
+
+def test_tables_of_a_new_run(bench, monkeypatch, folder):
+    """Every table that the benchmarks' CSVs are for can be made from what they write."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench.common, "RESULTS", folder)
+    for name in ("cpu", "dct", "model"):
+        if not (folder / f"{name}.csv").exists():  # this test alone was asked for
+            run(name, folder)
+    made = {
+        name: bench.readme_table.TABLES[name]().splitlines()
+        for name in ("attention forward", "attention floor", "attention threads",
+                     "attention dtypes", "dct", "dct of copy", "model")
+    }  # fmt: skip
+    for lines in made.values():
+        assert len({line.count("|") for line in lines[:-2]}) == 1
+        assert lines[-1].startswith("Measured on ")
+    assert not any("torch.mm" in line for line in made["attention forward"])
+    floors = [line.split("|")[1:3] for line in made["attention floor"][2:-2]]
+    assert [[int(cell) for cell in line] for line in floors] == [[1, 256], [2, 128], [2, 256]]
+    assert len(made["attention threads"]) == 2 + 4 + 2
+    assert len(made["attention dtypes"]) == 2 + 2 + 2
+    assert [line.split("|")[1].strip() for line in made["model"][2:-2]] == [
+        "prefill, 128 tokens", "decode, 128 tokens",
+    ]  # fmt: skip
