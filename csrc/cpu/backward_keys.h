@@ -39,7 +39,7 @@ class BackwardKeys {
     weights_ = scratch_.take<Acc>(kTile * kTile);
     grad_weights_ = scratch_.take<Acc>(kTile * kTile);
     if (!has_far_) return;
-    sums_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    sums_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fk.dct);
     future_.allocate(scratch_, mp_, vp_, true);
     a_ = scratch_.take<Acc>(kTile * mp_);
     plain_ = scratch_.take<Acc>(kTile * mp_);

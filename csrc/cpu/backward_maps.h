@@ -15,10 +15,10 @@ class BackwardMaps {
  public:
   explicit BackwardMaps(const LinearAttentionParams& params)
       : p_(params), groups_(p_.num_heads / p_.num_kv_heads) {
-    keys.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, true);
+    keys.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fk.dct, true);
     queries_ = new (scratch_.take<Features<Acc>>(groups_)) Features<Acc>[groups_];
     for (int64_t g = 0; g < groups_; ++g) {
-      queries_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim, true);
+      queries_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fq.dct, true);
     }
   }
   void set(int64_t head) {

@@ -31,7 +31,7 @@ class BackwardQueries {
     sink_dv_ = scratch_.take<Acc>(p_.sinks * vp);
     sums_ = new (scratch_.take<FeatureSums<Acc>>(walk_.groups)) FeatureSums<Acc>[walk_.groups];
     for (int64_t g = 0; g < walk_.groups; ++g) {
-      sums_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+      sums_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fq.dct);
     }
   }
 

@@ -2,8 +2,10 @@
 // transformed by the plan's method, and turned back.
 #pragma once
 
+#include "cpu/dct_lanes.h"
 #include "cpu/dct_plan.h"
 #include "cpu/dct_power2.h"
+#include "cpu/dct_turn.h"
 #include "cpu/dtype.h"
 #include "cpu/fft.h"
 #include "cpu/simd.h"
@@ -11,86 +13,6 @@
 #include "dijiang/core/dct.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
-
-// a_0 b_0 a_1 b_1 ... from the lower or the upper halves of a and b.
-template <bool kUpper, typename V, size_t... kIndex>
-DIJIANG_INLINE V interleave(V a, V b, std::index_sequence<kIndex...>) {
-  constexpr size_t L = sizeof...(kIndex);
-  return __builtin_shufflevector(a, b,
-                                 ((kUpper ? L / 2 : 0) + kIndex / 2 + (kIndex % 2 ? L : 0))...);
-}
-
-// Transposes kLanes vectors: log2(kLanes) rounds of perfect shuffles.
-template <typename Acc>
-DIJIANG_INLINE void turn_square(Vec<Acc>* v) {
-  constexpr int L = kLanes<Acc>;
-  const auto lanes = std::make_index_sequence<L>();
-#pragma GCC unroll 4
-  for (int round = 1; round < L; round *= 2) {
-    Vec<Acc> w[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      w[2 * i] = interleave<false>(v[i], v[i + L / 2], lanes);
-      w[2 * i + 1] = interleave<true>(v[i], v[i + L / 2], lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) v[i] = w[i];
-  }
-}
-
-// Reads rows (lanes beyond them are zero) into tile (n x kLanes).
-template <typename T>
-DIJIANG_INLINE void load_turned(const T* const* row, int64_t rows, int64_t n, int64_t stride,
-                                Vec<AccOf<T>>* tile) {
-  using Acc = AccOf<T>;
-  constexpr int L = kLanes<Acc>;
-  Acc* flat = reinterpret_cast<Acc*>(tile);
-  int64_t j = 0;
-  if (rows == L && stride == 1) {
-    for (; j + L <= n; j += L) {
-      Vec<Acc> square[L];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < L; ++lane) {
-        alignas(64) Acc wide[L];
-        for (int i = 0; i < L; ++i) wide[i] = to_acc<T>(row[lane][j + i]);
-        square[lane] = load(wide);
-      }
-      turn_square<Acc>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) tile[j + i] = square[i];
-    }
-  }
-  for (; j < n; ++j) {
-    for (int lane = 0; lane < L; ++lane) {
-      flat[j * L + lane] = lane < rows ? to_acc<T>(row[lane][j * stride]) : Acc(0);
-    }
-  }
-}
-
-template <typename T>
-DIJIANG_INLINE void store_turned(const Vec<AccOf<T>>* tile, int64_t rows, int64_t n, T* out) {
-  using Acc = AccOf<T>;
-  constexpr int L = kLanes<Acc>;
-  const Acc* flat = reinterpret_cast<const Acc*>(tile);
-  int64_t j = 0;
-  if (rows == L) {
-    for (; j + L <= n; j += L) {
-      Vec<Acc> square[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) square[i] = tile[j + i];
-      turn_square<Acc>(square);
-#pragma GCC unroll 16
-      for (int lane = 0; lane < L; ++lane) {
-        alignas(64) Acc wide[L];
-        store(wide, square[lane]);
-        for (int i = 0; i < L; ++i) out[lane * n + j + i] = from_acc<T>(wide[i]);
-      }
-    }
-  }
-  for (int64_t lane = 0; lane < rows; ++lane) {
-    for (int64_t k = j; k < n; ++k) out[lane * n + k] = from_acc<T>(flat[k * L + lane]);
-  }
-}
 
 template <typename Acc>
 DIJIANG_INLINE void dct_dense(const DctPlan<Acc>& plan, int type, const Vec<Acc>* x,
@@ -103,20 +25,6 @@ DIJIANG_INLINE void dct_dense(const DctPlan<Acc>& plan, int type, const Vec<Acc>
     const Acc* c = plan.matrix + k * k_stride;
     for (int64_t j = 0; j < n; ++j) sum += c[j * j_stride] * x[j];
     out[k] = sum;
-  }
-}
-
-template <typename Acc>
-DIJIANG_INLINE void dct_power_of_two(const DctPlan<Acc>& plan, int type, Vec<Acc>* x,
-                                     Vec<Acc>* scratch, Vec<Acc>* out) {
-  const int64_t n = plan.n;
-  for (int64_t j = 0; j < n; ++j) x[j] *= plan.scale;
-  if (type == 2) {
-    dct2<Acc>(n, x, scratch, out, 1, plan.rotations);
-    out[0] *= plan.first_scale;
-  } else {
-    x[0] *= plan.first_scale;
-    dct3<Acc>(n, x, 1, scratch, out, plan.rotations);
   }
 }
 
@@ -200,18 +108,20 @@ int64_t dct_tile_workspace(const DctPlan<Acc>& plan) {
   return vectors * int64_t{sizeof(Vec<Acc>)};
 }
 
-template <typename T>
-void dct_tile(const DctPlan<AccOf<T>>& plan, int type, const T* const* row, int64_t rows,
-              int64_t stride, void* workspace, T* out) {
-  using Acc = AccOf<T>;
+// Transforms the tile that the workspace begins with; the result lies in the workspace, too.
+template <typename Acc>
+Vec<Acc>* dct_tile(const DctPlan<Acc>& plan, int type, Vec<Acc>* workspace) {
   const int64_t n = plan.n;
-  auto* x = static_cast<Vec<Acc>*>(workspace);
-  Vec<Acc>* y = x + n;
-  auto* scratch = y + n;
+  Vec<Acc>*x = workspace, *y = x + n, *scratch = y + n;
   auto* z = reinterpret_cast<ComplexVec<Acc>*>(scratch);
-  load_turned<T>(row, rows, n, stride, x);
   switch (plan.method) {
-    case DctMethod::kPowerOfTwo: dct_power_of_two<Acc>(plan, type, x, scratch, y); break;
+    case DctMethod::kPowerOfTwo:
+      if (type == 2) {
+        dct_power_of_two<2, Acc>(plan, x, scratch, y);
+      } else {
+        dct_power_of_two<3, Acc>(plan, x, scratch, y);
+      }
+      break;
     case DctMethod::kDense: dct_dense<Acc>(plan, type, x, y); break;
     case DctMethod::kFft:
       if (type == 2) {
@@ -220,28 +130,86 @@ void dct_tile(const DctPlan<AccOf<T>>& plan, int type, const T* const* row, int6
         dct3_by_fft<Acc>(plan, x, z, z + n + 1, z + 2 * (n + 1), y);
       }
   }
-  store_turned<T>(y, rows, n, out);
+  return y;
 }
+
+// The rows of the input in their order.
+template <typename T>
+class RowWalk {
+ public:
+  RowWalk(const DctParams& p, int64_t index) : p_(p), index_(index) { seek(); }
+
+  DIJIANG_INLINE const T* next() {
+    if (left_ == 0) seek();
+    const T* row = row_;
+    row_ += p_.x.stride_seq;
+    --left_;
+    ++index_;
+    return row;
+  }
+
+ private:
+  void seek() {
+    const int64_t t = index_ % p_.seqlen;
+    const int64_t h = index_ / p_.seqlen % p_.heads;
+    const int64_t b = index_ / p_.seqlen / p_.heads;
+    row_ = static_cast<const T*>(p_.x.data) + b * p_.x.stride_batch + h * p_.x.stride_head +
+           t * p_.x.stride_seq;
+    left_ = p_.seqlen - t;
+  }
+
+  const DctParams& p_;
+  int64_t index_, left_ = 0;
+  const T* row_ = nullptr;
+};
+
+// Outputs of this many bytes are gone from the caches before they are read again.
+inline constexpr int64_t kStreamedBytes = int64_t{1} << 22;
+
+// Rows are asked for this much ahead of their use at least.
+inline constexpr int64_t kAheadBytes = 2048;
 
 template <typename T>
 void dct_rows(const DctParams& p, int64_t begin, int64_t end) {
   using Acc = AccOf<T>;
+  constexpr int64_t L = kLanes<Acc>;
   const DctPlan<Acc>& plan = dct_plan<Acc>(p.n);
-  constexpr int64_t kDctRows = kLanes<Acc>;
-  void* workspace = thread_workspace(dct_tile_workspace(plan));
-  const T* row[kDctRows];
-  for (int64_t i = begin; i < end; i += kDctRows) {
-    const int64_t rows = end - i < kDctRows ? end - i : kDctRows;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t t = (i + r) % p.seqlen;
-      const int64_t h = (i + r) / p.seqlen % p.heads;
-      const int64_t b = (i + r) / p.seqlen / p.heads;
-      row[r] = static_cast<const T*>(p.x.data) + b * p.x.stride_batch + h * p.x.stride_head +
-               t * p.x.stride_seq;
+  const int64_t row_bytes = p.n * int64_t{sizeof(T)};
+  const bool streamed = p.batch * p.heads * p.seqlen * row_bytes >= kStreamedBytes &&
+                        row_bytes % kLineBytes == 0 &&
+                        reinterpret_cast<uintptr_t>(p.out) % kLineBytes == 0;
+  auto* workspace = static_cast<Vec<Acc>*>(thread_workspace(dct_tile_workspace(plan)));
+  if (begin >= end) return;
+  RowWalk<T> walk(p, begin);
+  const T* row[L];
+  const int64_t stride_bytes = p.x.stride_seq * int64_t{sizeof(T)};
+  const int64_t ahead = (1 + kAheadBytes / (L * row_bytes)) * L * stride_bytes;
+  for (int64_t i = begin; i < end; i += L) {
+    const int64_t rows = end - i < L ? end - i : L;
+    for (int64_t r = 0; r < L; ++r) {
+      row[r] = r < rows ? walk.next() : row[0];  // a row that is missing is not stored
     }
-    dct_tile<T>(plan, p.type, row, rows, p.x.stride_dim, workspace,
-                static_cast<T*>(p.out) + i * p.n);
+    Prefetch later(reinterpret_cast<uintptr_t>(row[0]) + ahead, row_bytes, stride_bytes);
+    T* out = static_cast<T*>(p.out) + i * p.n;
+    load_turned<T>(row, p.n, p.x.stride_dim, later, workspace);
+    const Vec<Acc>* tile = dct_tile<Acc>(plan, p.type, workspace);
+    if (streamed && rows == L) {
+      stream_turned<T>(tile, p.n, later, out);
+    } else {
+      store_turned<T>(tile, rows, p.n, later, out);
+    }
   }
+  if (streamed) end_of_stream();
+}
+
+int64_t dct_lanes_workspace(const DctPlan<float>& plan) { return dct_tile_workspace(plan); }
+int64_t dct_lanes_workspace(const DctPlan<double>& plan) { return dct_tile_workspace(plan); }
+
+Vec<float>* dct_lanes(const DctPlan<float>& plan, int type, Vec<float>* workspace) {
+  return dct_tile<float>(plan, type, workspace);
+}
+Vec<double>* dct_lanes(const DctPlan<double>& plan, int type, Vec<double>* workspace) {
+  return dct_tile<double>(plan, type, workspace);
 }
 
 void dct(const DctParams& params, int64_t begin, int64_t end) {

@@ -102,19 +102,24 @@ template <typename Acc>
 const DctPlan<Acc>* make_plan(int64_t n) {
   auto* plan = new DctPlan<Acc>;
   const double scale = std::sqrt(2.0 / static_cast<double>(n));
-  const auto a = [&](int64_t k) { return k == 0 ? scale * std::sqrt(0.5) : scale; };
+  const auto a = [&](int64_t k) {
+    return k == 0 ? std::sqrt(1.0 / static_cast<double>(n)) : scale;
+  };
   plan->n = n;
-  plan->scale = static_cast<Acc>(scale);
-  plan->first_scale = static_cast<Acc>(std::sqrt(0.5));
   if ((n & (n - 1)) == 0) {
     plan->method = DctMethod::kPowerOfTwo;
-    std::vector<Rotation<Acc>> rotations(std::max<int64_t>(n / 2, 1));
-    for (int64_t m = 2; m <= n / 2; m *= 2) {
-      for (int64_t j = 0; j < m / 2; ++j) {
-        rotations[m / 2 + j] = rotation<Acc>(M_PI * (2.0 * j + 1) / (4.0 * m), 1.0);
+    const auto rotations = [n](double factor) {
+      std::vector<Rotation<Acc>> result = {rotation<Acc>(M_PI / 4, factor)};
+      for (int64_t m = 1; m <= n / 4; m *= 2) {
+        for (int64_t j = 0; j < m; ++j) {
+          result.push_back(rotation<Acc>(M_PI * (2.0 * j + 1) / (8.0 * m), factor));
+        }
       }
-    }
-    plan->rotations = kept(rotations);
+      return kept(result);
+    };
+    plan->rotations = rotations(1.0);
+    plan->scaled_rotations = rotations(scale);
+    plan->first_scale = static_cast<Acc>(a(0));
   } else if (n <= (has_large_prime(n) ? kDenseLimitBluestein : kDenseLimit)) {
     plan->method = DctMethod::kDense;
     std::vector<Acc> matrix;

@@ -39,12 +39,13 @@ template <typename Acc>
 struct DctPlan {
   int64_t n = 0;
   DctMethod method = DctMethod::kDense;
-  Acc scale = 0;        // a_1
-  Acc first_scale = 0;  // a_0 / a_1
 
-  // kPowerOfTwo: of pi (2j + 1) / 4m at [m / 2 + j], j < m / 2, for every power m <= n / 2.
+  // kPowerOfTwo: of pi (2j + 1) / 8m at [m + j], j < m, for every power m <= n / 4, of pi / 4 at
+  // [0].
   const Rotation<Acc>* rotations = nullptr;
-  const Acc* matrix = nullptr;  // kDense: (n, n)
+  const Rotation<Acc>* scaled_rotations = nullptr;  // the same times a_1
+  Acc first_scale = 0;                              // a_0
+  const Acc* matrix = nullptr;                      // kDense: (n, n)
 
   // kFft: of length n / 2 for even n, else of length n.
   const FftPlan<Acc>* fft = nullptr;

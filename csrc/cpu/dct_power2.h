@@ -1,175 +1,194 @@
-// DCT of power-of-two lengths by the orthogonal split-radix recursion (Plonka and Tasche, "Fast
-// and numerically stable algorithms for discrete cosine transforms", 2005): every step is a sum
-// and difference or a rotation, so that errors do not grow as they do in Lee's recursion, which
-// divides by cosines near zero.
-//
-// Element j of kLanes rows is one Vec, so that every step is full-width vector work whatever its
-// access pattern along j. The transforms here lack the factors a_k:
-//   II:  X_k = sum_j x_j cos(pi (2j+1) k / 2n)         even k: II(n/2) of sums,
-//                                                      odd k: IV(n/2) of differences
-//   III: the transpose of II
-//   IV:  X_k = sum_j x_j cos(pi (2j+1)(2k+1) / 4n)     rotations, then two II(n/2)
+// DCT of any power of two: steps of the recursion of cpu/dct_network.h, two at a time, down to 8 or
+// 16, which a network does. (One of 32 spills as much as two steps store: no faster, much longer.)
 #pragma once
 
-#include "cpu/dct_plan.h"
-#include "cpu/simd.h"
+#include "cpu/dct_network.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
-// Lengths up to this run in one leaf, in registers.
-inline constexpr int kDctLeaf = 8;
+// One copy of each network, however many places use it.
+template <int n, bool kScaled, typename Acc>
+[[gnu::noinline]] void short_dct2(const Vec<Acc>* x, Strided<Acc> out, const DctPlan<Acc>& plan) {
+  network2<n, kScaled, Acc>(x, out, plan);
+}
+template <int n, bool kScaled, typename Acc>
+[[gnu::noinline]] void short_dct4(const Vec<Acc>* x, Strided<Acc> out, const DctPlan<Acc>& plan) {
+  network4<n, kScaled, Acc>(x, out, plan);
+}
+template <int n, bool kScaled, typename Acc>
+[[gnu::noinline]] void short_dct3(Strided<Acc> in, Vec<Acc>* out, const DctPlan<Acc>& plan) {
+  network3<n, kScaled, Acc>(in, out, plan);
+}
+template <int n, bool kScaled, typename Acc>
+[[gnu::noinline]] void short_dct4_back(Strided<Acc> in, Vec<Acc>* out, const DctPlan<Acc>& plan) {
+  network4_back<n, kScaled, Acc>(in, out, plan);
+}
 
-template <typename Acc, int n>
-DIJIANG_INLINE void dct4_leaf(const Vec<Acc>* x, Vec<Acc>* out, const Rotation<Acc>* table);
+// What IV(n) at `places` is made of: cosine sums at the even ones, sine sums backwards at the odd
+// ones, so that each pair (2k - 1, 2k) holds what its two results are the difference and the sum
+// of.
+template <typename Acc>
+DIJIANG_INLINE void combine_sums(int64_t n, Strided<Acc> places) {
+  Vec<Acc>* pair = places.p + places.stride;
+  for (int64_t k = 1; k < n / 2; ++k, pair += 2 * places.stride) {
+    const Vec<Acc> v = pair[0], u = pair[places.stride];
+    pair[0] = u - v;
+    pair[places.stride] = u + v;
+  }
+  *pair = -*pair;
+}
 
-template <typename Acc, int n>
-DIJIANG_INLINE void dct2_leaf(const Vec<Acc>* x, Vec<Acc>* out, const Rotation<Acc>* table) {
-  if constexpr (n == 1) {
-    out[0] = x[0];
+// The second II(n) of an IV(2n) at `places`, which has the results of the first at its even ones.
+template <int n, typename Acc>
+[[gnu::noinline]] void short_dct2_of_sines(const Vec<Acc>* x, Strided<Acc> places,
+                                           const DctPlan<Acc>& plan) {
+  using Even = Alternate<Strided<Acc>, 0>;
+  network2<n, false, Acc>(x, SineSums<n, Even, Strided<Acc>>{Even{places}, places}, plan);
+}
+
+// The two III(n) of an IV(2n) from `places`.
+template <int n, typename Acc>
+[[gnu::noinline]] void short_dct3_of_sums(Strided<Acc> places, Vec<Acc>* u, Vec<Acc>* v,
+                                          const DctPlan<Acc>& plan) {
+  network3<n, false, Acc>(PairSums<Acc, n, Strided<Acc>>{places}, u, plan);
+  network3<n, false, Acc>(PairDifferences<Acc, n, Strided<Acc>>{places}, v, plan);
+}
+
+// x (n values) is destroyed; scratch holds n values; neither overlaps out.
+template <bool kScaled, typename Acc>
+[[gnu::noinline]] void dct4(int64_t n, Vec<Acc>* x, Vec<Acc>* scratch, Strided<Acc> out,
+                            const DctPlan<Acc>& plan);
+
+template <bool kScaled, typename Acc>
+[[gnu::noinline]] void dct2(int64_t n, Vec<Acc>* x, Vec<Acc>* scratch, Strided<Acc> out,
+                            const DctPlan<Acc>& plan) {
+  if (n == 8) return short_dct2<8, kScaled, Acc>(x, out, plan);
+  if (n == 16) return short_dct2<16, kScaled, Acc>(x, out, plan);
+  const int64_t h = n / 2, q = n / 4;
+  const Rotation<Acc>* table = rotations_of<kScaled>(plan, q);
+  Vec<Acc>*sums = scratch, *differences = sums + q, *u = differences + q, *v = u + q;
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < q; ++j) {
+    const Vec<Acc> a = x[j], b = x[h - 1 - j], c = x[h + j], d = x[n - 1 - j];
+    sums[j] = (a + d) + (b + c);
+    differences[j] = (a + d) - (b + c);
+    rotate<Acc>(table[j], j % 2, a - d, b - c, u[j], v[j]);
+  }
+  const int64_t s = out.stride;
+  dct2<kScaled, Acc>(q, sums, x, {out.p, 4 * s}, plan);
+  dct4<kScaled, Acc>(q, differences, x, {out.p + 2 * s, 4 * s}, plan);
+  dct2<false, Acc>(q, u, x, {out.p + s, 4 * s}, plan);
+  if (q == 8) return short_dct2_of_sines<8, Acc>(v, {out.p + s, 2 * s}, plan);
+  if (q == 16) return short_dct2_of_sines<16, Acc>(v, {out.p + s, 2 * s}, plan);
+  dct2<false, Acc>(q, v, x, {out.p + (n - 1) * s, -4 * s}, plan);
+  combine_sums<Acc>(h, {out.p + s, 2 * s});
+}
+
+template <bool kScaled, typename Acc>
+[[gnu::noinline]] void dct4(int64_t n, Vec<Acc>* x, Vec<Acc>* scratch, Strided<Acc> out,
+                            const DctPlan<Acc>& plan) {
+  if (n == 8) return short_dct4<8, kScaled, Acc>(x, out, plan);
+  if (n == 16) return short_dct4<16, kScaled, Acc>(x, out, plan);
+  const int64_t h = n / 2, q = n / 4;
+  const Rotation<Acc>* table = rotations_of<kScaled>(plan, h);
+  Vec<Acc>*u_sums = scratch, *u_differences = u_sums + q;
+  Vec<Acc>*v_sums = u_differences + q, *v_differences = v_sums + q;
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < q; ++j) {
+    Vec<Acc> u, v, u_mirror, v_mirror;
+    rotate<Acc>(table[j], j % 2, x[j], x[n - 1 - j], u, v);
+    rotate<Acc>(table[h - 1 - j], (h - 1 - j) % 2, x[h - 1 - j], x[h + j], u_mirror, v_mirror);
+    u_sums[j] = u + u_mirror;
+    u_differences[j] = u - u_mirror;
+    v_sums[j] = v + v_mirror;
+    v_differences[j] = v - v_mirror;
+  }
+  const int64_t s = out.stride;
+  Vec<Acc>* last = out.p + (n - 1) * s;
+  dct2<false, Acc>(q, u_sums, x, {out.p, 4 * s}, plan);
+  dct4<false, Acc>(q, u_differences, x, {out.p + 2 * s, 4 * s}, plan);
+  dct2<false, Acc>(q, v_sums, x, {last, -4 * s}, plan);
+  dct4<false, Acc>(q, v_differences, x, {last - 2 * s, -4 * s}, plan);
+  combine_sums<Acc>(n, out);
+}
+
+// The transposes, from `in`, which is destroyed, to out; scratch and out hold n values each.
+template <bool kScaled, typename Acc>
+[[gnu::noinline]] void dct4_back(int64_t n, Strided<Acc> in, Vec<Acc>* scratch, Vec<Acc>* out,
+                                 const DctPlan<Acc>& plan);
+
+template <bool kScaled, typename Acc>
+[[gnu::noinline]] void dct3(int64_t n, Strided<Acc> in, Vec<Acc>* scratch, Vec<Acc>* out,
+                            const DctPlan<Acc>& plan) {
+  if (n == 8) return short_dct3<8, kScaled, Acc>(in, out, plan);
+  if (n == 16) return short_dct3<16, kScaled, Acc>(in, out, plan);
+  const int64_t h = n / 2, q = n / 4, s = in.stride;
+  const Rotation<Acc>* table = rotations_of<kScaled>(plan, q);
+  Vec<Acc>*even = scratch, *odd = even + q, *u = odd + q, *v = u + q;
+  dct3<kScaled, Acc>(q, {in.p, 4 * s}, out, even, plan);
+  dct4_back<kScaled, Acc>(q, {in.p + 2 * s, 4 * s}, out, odd, plan);
+  if (q == 8) {
+    short_dct3_of_sums<8, Acc>({in.p + s, 2 * s}, u, v, plan);
+  } else if (q == 16) {
+    short_dct3_of_sums<16, Acc>({in.p + s, 2 * s}, u, v, plan);
   } else {
-    Vec<Acc> sum[n / 2], difference[n / 2], even[n / 2], odd[n / 2];
-#pragma GCC unroll 8
-    for (int j = 0; j < n / 2; ++j) {
-      sum[j] = x[j] + x[n - 1 - j];
-      difference[j] = x[j] - x[n - 1 - j];
-    }
-    dct2_leaf<Acc, n / 2>(sum, even, table);
-    dct4_leaf<Acc, n / 2>(difference, odd, table);
-#pragma GCC unroll 8
-    for (int k = 0; k < n / 2; ++k) {
-      out[2 * k] = even[k];
-      out[2 * k + 1] = odd[k];
-    }
+    combine_sums<Acc>(h, {in.p + s, 2 * s});
+    dct3<false, Acc>(q, {in.p + s, 4 * s}, out, u, plan);
+    dct3<false, Acc>(q, {in.p + (n - 1) * s, -4 * s}, out, v, plan);
+  }
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < q; ++j) {
+    Vec<Acc> a, b;
+    rotate_back<Acc>(table[j], j % 2, u[j], v[j], a, b);
+    const Vec<Acc> c = even[j] + odd[j], d = even[j] - odd[j];
+    out[j] = c + a;
+    out[n - 1 - j] = c - a;
+    out[h - 1 - j] = d + b;
+    out[h + j] = d - b;
   }
 }
 
-template <typename Acc, int n>
-DIJIANG_INLINE void dct4_leaf(const Vec<Acc>* x, Vec<Acc>* out, const Rotation<Acc>* table) {
-  if constexpr (n == 1) {
-    out[0] = x[0] * Acc(0.70710678118654752440);
-  } else {
-    constexpr int m = n / 2;
-    Vec<Acc> u[m], v[m], cosines[m], sines[m];
-#pragma GCC unroll 8
-    for (int j = 0; j < m; ++j) {
-      const Rotation<Acc> r = table[m + j];
-      u[j] = r.cos * x[j] + r.sin * x[n - 1 - j];
-      v[j] = j % 2 ? r.sin * x[j] - r.cos * x[n - 1 - j] : r.cos * x[n - 1 - j] - r.sin * x[j];
-    }
-    dct2_leaf<Acc, m>(u, cosines, table);
-    dct2_leaf<Acc, m>(v, sines, table);
-    out[0] = cosines[0];
-    out[n - 1] = -sines[0];
-#pragma GCC unroll 8
-    for (int k = 1; k < m; ++k) {
-      out[2 * k] = cosines[k] + sines[m - k];
-      out[2 * k - 1] = cosines[k] - sines[m - k];
-    }
+template <bool kScaled, typename Acc>
+[[gnu::noinline]] void dct4_back(int64_t n, Strided<Acc> in, Vec<Acc>* scratch, Vec<Acc>* out,
+                                 const DctPlan<Acc>& plan) {
+  if (n == 8) return short_dct4_back<8, kScaled, Acc>(in, out, plan);
+  if (n == 16) return short_dct4_back<16, kScaled, Acc>(in, out, plan);
+  const int64_t h = n / 2, q = n / 4, s = in.stride;
+  const Rotation<Acc>* table = rotations_of<kScaled>(plan, h);
+  Vec<Acc>*u_even = scratch, *u_odd = u_even + q, *v_even = u_odd + q, *v_odd = v_even + q;
+  Vec<Acc>* last = in.p + (n - 1) * s;
+  combine_sums<Acc>(n, in);
+  dct3<false, Acc>(q, {in.p, 4 * s}, out, u_even, plan);
+  dct4_back<false, Acc>(q, {in.p + 2 * s, 4 * s}, out, u_odd, plan);
+  dct3<false, Acc>(q, {last, -4 * s}, out, v_even, plan);
+  dct4_back<false, Acc>(q, {last - 2 * s, -4 * s}, out, v_odd, plan);
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < q; ++j) {
+    const Vec<Acc> a = u_even[j], b = u_odd[j], c = v_even[j], d = v_odd[j];
+    rotate_back<Acc>(table[j], j % 2, a + b, c + d, out[j], out[n - 1 - j]);
+    rotate_back<Acc>(table[h - 1 - j], (h - 1 - j) % 2, a - b, c - d, out[h - 1 - j], out[h + j]);
   }
 }
 
-template <typename Acc, int n>
-DIJIANG_INLINE void dct3_leaf(const Vec<Acc>* x, Vec<Acc>* out, const Rotation<Acc>* table) {
-  if constexpr (n == 1) {
-    out[0] = x[0];
-  } else {
-    Vec<Acc> even[n / 2], odd[n / 2], sum[n / 2], difference[n / 2];
-#pragma GCC unroll 8
-    for (int k = 0; k < n / 2; ++k) {
-      even[k] = x[2 * k];
-      odd[k] = x[2 * k + 1];
-    }
-    dct3_leaf<Acc, n / 2>(even, sum, table);
-    dct4_leaf<Acc, n / 2>(odd, difference, table);
-#pragma GCC unroll 8
-    for (int j = 0; j < n / 2; ++j) {
-      out[j] = sum[j] + difference[j];
-      out[n - 1 - j] = sum[j] - difference[j];
-    }
-  }
-}
-
-template <int n, int type, typename Acc>
-DIJIANG_INLINE void dct_leaf_of(const Vec<Acc>* x, int64_t x_stride, Vec<Acc>* out,
-                                int64_t out_stride, const Rotation<Acc>* table) {
-  Vec<Acc> in[n], result[n];
-#pragma GCC unroll 8
-  for (int j = 0; j < n; ++j) in[j] = x[j * x_stride];
-  if constexpr (type == 2) dct2_leaf<Acc, n>(in, result, table);
-  if constexpr (type == 3) dct3_leaf<Acc, n>(in, result, table);
-  if constexpr (type == 4) dct4_leaf<Acc, n>(in, result, table);
-#pragma GCC unroll 8
-  for (int j = 0; j < n; ++j) out[j * out_stride] = result[j];
-}
-
+// The transform of x, which is destroyed, to out, with the factors a_k; scratch holds n values.
 template <int type, typename Acc>
-DIJIANG_INLINE void dct_leaf(int64_t n, const Vec<Acc>* x, int64_t x_stride, Vec<Acc>* out,
-                             int64_t out_stride, const Rotation<Acc>* table) {
-  static_assert(kDctLeaf == 8);
-  switch (n) {
-    case 1: return dct_leaf_of<1, type, Acc>(x, x_stride, out, out_stride, table);
-    case 2: return dct_leaf_of<2, type, Acc>(x, x_stride, out, out_stride, table);
-    case 4: return dct_leaf_of<4, type, Acc>(x, x_stride, out, out_stride, table);
-    default: return dct_leaf_of<8, type, Acc>(x, x_stride, out, out_stride, table);
+void dct_power_of_two(const DctPlan<Acc>& plan, Vec<Acc>* x, Vec<Acc>* scratch, Vec<Acc>* out) {
+  const auto short_dct = [&](auto length) {
+    if constexpr (type == 2) {
+      short_dct2<length.value, true, Acc>(x, {out, 1}, plan);
+    } else {
+      short_dct3<length.value, true, Acc>({x, 1}, out, plan);
+    }
+  };
+  switch (plan.n) {
+    case 1: return short_dct(std::integral_constant<int, 1>());
+    case 2: return short_dct(std::integral_constant<int, 2>());
+    case 4: return short_dct(std::integral_constant<int, 4>());
   }
-}
-
-// The recursions. x (n values) is destroyed, scratch holds n values, and neither overlaps out.
-template <typename Acc>
-void dct4(int64_t n, Vec<Acc>* x, Vec<Acc>* scratch, Vec<Acc>* out, int64_t out_stride,
-          const Rotation<Acc>* table);
-
-template <typename Acc>
-void dct2(int64_t n, Vec<Acc>* x, Vec<Acc>* scratch, Vec<Acc>* out, int64_t out_stride,
-          const Rotation<Acc>* table) {
-  if (n <= kDctLeaf) return dct_leaf<2, Acc>(n, x, 1, out, out_stride, table);
-  const int64_t m = n / 2;
-  for (int64_t j = 0; j < m; ++j) {
-    scratch[j] = x[j] + x[n - 1 - j];
-    scratch[m + j] = x[j] - x[n - 1 - j];
-  }
-  dct2<Acc>(m, scratch, x, out, 2 * out_stride, table);
-  dct4<Acc>(m, scratch + m, x + m, out + out_stride, 2 * out_stride, table);
-}
-
-template <typename Acc>
-void dct4(int64_t n, Vec<Acc>* x, Vec<Acc>* scratch, Vec<Acc>* out, int64_t out_stride,
-          const Rotation<Acc>* table) {
-  if (n <= kDctLeaf) return dct_leaf<4, Acc>(n, x, 1, out, out_stride, table);
-  const int64_t m = n / 2;
-  for (int64_t j = 0; j < m; ++j) {
-    const Rotation<Acc> r = table[m + j];
-    const Acc sign = j % 2 ? Acc(-1) : Acc(1);
-    scratch[j] = r.cos * x[j] + r.sin * x[n - 1 - j];
-    scratch[m + j] = (sign * r.cos) * x[n - 1 - j] - (sign * r.sin) * x[j];
-  }
-  // Cosine sums go to the even places, sine sums backwards to the odd ones: each pair
-  // (2k - 1, 2k) then holds what its two results are the difference and the sum of.
-  dct2<Acc>(m, scratch, x, out, 2 * out_stride, table);
-  dct2<Acc>(m, scratch + m, x + m, out + (n - 1) * out_stride, -2 * out_stride, table);
-  for (int64_t k = 1; k < m; ++k) {
-    const Vec<Acc> u = out[2 * k * out_stride];
-    const Vec<Acc> v = out[(2 * k - 1) * out_stride];
-    out[2 * k * out_stride] = u + v;
-    out[(2 * k - 1) * out_stride] = u - v;
-  }
-  out[(n - 1) * out_stride] = -out[(n - 1) * out_stride];
-}
-
-// x is strided and kept; out is contiguous.
-template <typename Acc>
-void dct3(int64_t n, const Vec<Acc>* x, int64_t x_stride, Vec<Acc>* scratch, Vec<Acc>* out,
-          const Rotation<Acc>* table) {
-  if (n <= kDctLeaf) return dct_leaf<3, Acc>(n, x, x_stride, out, 1, table);
-  const int64_t m = n / 2;
-  dct3<Acc>(m, x, 2 * x_stride, scratch, out, table);
-  for (int64_t k = 0; k < m; ++k) scratch[k] = x[(2 * k + 1) * x_stride];
-  dct4<Acc>(m, scratch, scratch + m, out + n - 1, -1, table);
-  for (int64_t j = 0; j < m; ++j) {
-    const Vec<Acc> a = out[j];
-    const Vec<Acc> b = out[n - 1 - j];
-    out[j] = a + b;
-    out[n - 1 - j] = a - b;
+  if constexpr (type == 2) {
+    dct2<true, Acc>(plan.n, x, scratch, {out, 1}, plan);
+  } else {
+    dct3<true, Acc>(plan.n, {x, 1}, scratch, out, plan);
   }
 }
 

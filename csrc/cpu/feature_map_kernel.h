@@ -44,7 +44,7 @@ void feature_map_forward_tasks(const FeatureMapParams& p, int64_t begin, int64_t
   const int64_t dp = padded<Acc>(p.headdim), mp = padded<Acc>(p.num_features);
   Scratch scratch;
   Features<Acc> features;
-  features.allocate(scratch, p.kind, p.num_features, p.headdim);
+  features.allocate(scratch, p.kind, p.num_features, p.headdim, p.feature.dct);
   Acc* x = scratch.take<Acc>(kFeatureRows * dp);
   Acc* y = scratch.take<Acc>(kFeatureRows * mp);
   const Acc largest = static_cast<Acc>(largest_finite(p.dtype));
@@ -62,20 +62,14 @@ void feature_map_forward_tasks(const FeatureMapParams& p, int64_t begin, int64_t
   }
 }
 
-// What one task adds to the gradients of its head's parameters, in double.
-struct FeatureGradSums {
-  double* omega;       // (m, d), without the factor sqrt(scale)
-  double* log_weight;  // (m)
-  double* beta;        // (1), without the factor -scale
-
-  static int64_t size(const FeatureMapParams& p) {
-    return p.num_features * p.headdim + p.num_features + 1;
-  }
-  FeatureGradSums(const FeatureMapParams& p, void* workspace, int64_t task)
-      : omega(static_cast<double*>(workspace) + task * size(p)),
-        log_weight(omega + p.num_features * p.headdim),
-        beta(log_weight + p.num_features) {}
-};
+// What one task adds to the gradients of its head's parameters, in double: omega (m, d) or, of a
+// DCT, (m); log_weight (m); beta.
+inline int64_t feature_grads_size(const FeatureMapParams& p) {
+  return p.num_features * ((p.feature.dct ? 1 : p.headdim) + 1) + 1;
+}
+inline double* feature_grads_of(const FeatureMapBackwardParams& params, int64_t task) {
+  return static_cast<double*>(params.workspace) + task * feature_grads_size(params.forward);
+}
 
 template <typename Acc>
 class FeatureMapBackward {
@@ -85,92 +79,42 @@ class FeatureMapBackward {
         p_(params.forward),
         dp_(padded<Acc>(p_.headdim)),
         mp_(padded<Acc>(p_.num_features)) {
-    features_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    features_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.feature.dct, true);
+    sums_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.feature.dct);
     x_ = scratch_.template take<Acc>(kFeatureRows * dp_);
     grad_ = scratch_.template take<Acc>(kFeatureRows * mp_);
     out_ = scratch_.template take<Acc>(kFeatureRows * mp_);
     plain_ = scratch_.template take<Acc>(kFeatureRows * mp_);
     grad_x_ = scratch_.template take<Acc>(kFeatureRows * dp_);
-    grad_omega_ = scratch_.template take<Acc>(p_.num_features * dp_);
   }
 
   void run(int64_t task) {
     const int64_t batch = task / p_.num_heads, head = task % p_.num_heads;
     const int64_t m = p_.num_features, d = p_.headdim;
-    const FeatureGradSums sums(p_, params_.workspace, task);
-    std::memset(sums.omega, 0, FeatureGradSums::size(p_) * sizeof(double));
     features_.set(p_.feature, head, p_.scale);
-    const Acc* omega = static_cast<const Acc*>(p_.feature.omega) + head * m * d;
-    const Acc beta = p_.feature.beta ? static_cast<const Acc*>(p_.feature.beta)[head] : Acc(0);
-    const Acc scale = static_cast<Acc>(p_.scale);
-    const Acc root = static_cast<Acc>(std::sqrt(p_.scale));
+    sums_.begin(feature_grads_of(params_, task), params_.grad.beta != nullptr);
     for (int64_t t = 0; t < p_.seqlen; t += kFeatureRows) {
       const int64_t rows = p_.seqlen - t < kFeatureRows ? p_.seqlen - t : kFeatureRows;
       load_tile(p_.dtype, p_.x, batch, head, t, rows, d, x_, dp_);
-      exponent_gradients(batch, head, t, rows, sums);
+      load_tile(p_.dtype, params_.grad_out, batch, head, t, rows, m, grad_, mp_);
+      if (!p_.log) multiply_by_out(task * p_.seqlen + t, rows);
+      const bool asks_plain = p_.kind != FeatureKind::kExp || p_.feature.dct;
+      if (asks_plain) features_.exponents(x_, rows, out_, plain_);
       fill(grad_x_, rows * dp_, Acc(0));
-      gemm<Operand::kPlain, Operand::kPlain>(rows, d, m, grad_, mp_, omega, d, grad_x_, dp_);
-      for (int64_t r = 0; r < rows; ++r) {
-        const Acc* x = x_ + r * dp_;
-        Acc pull = 0;
-        if (p_.kind == FeatureKind::kExp && p_.feature.beta) {
-          double norm = 0;
-          for (int64_t j = 0; j < d; ++j) norm += double(x[j]) * double(x[j]);
-          *sums.beta += norm * row_sums_[r];
-          pull = 2 * beta * scale * static_cast<Acc>(row_sums_[r]);
-        }
-        for (int64_t j = 0; j < dp_; ++j) {
-          grad_x_[r * dp_ + j] = root * grad_x_[r * dp_ + j] - pull * x[j];
-        }
-      }
+      features_.backward(x_, rows, grad_, plain_, grad_x_, sums_);
       store_tile(p_.dtype, params_.grad_x, (task * p_.seqlen + t) * d, rows, d, grad_x_, dp_);
-      if (params_.grad.omega == nullptr) continue;
-      fill(grad_omega_, m * dp_, Acc(0));
-      gemm<Operand::kTransposed, Operand::kPlain>(m, d, rows, grad_, mp_, x_, dp_, grad_omega_,
-                                                  dp_);
-      for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < d; ++j) sums.omega[i * d + j] += double(grad_omega_[i * dp_ + j]);
-      }
     }
+    sums_.finish(p_.scale);
   }
 
  private:
-  // grad_ = the gradient of u, from grad_out; sums.log_weight and row_sums_ sum that of log phi
-  // over rows and over features.
-  void exponent_gradients(int64_t batch, int64_t head, int64_t t, int64_t rows,
-                          const FeatureGradSums& sums) {
+  // The gradient of log phi from that of phi.
+  void multiply_by_out(int64_t first_row, int64_t rows) {
     const int64_t m = p_.num_features;
-    load_tile(p_.dtype, params_.grad_out, batch, head, t, rows, m, grad_, mp_);
-    if (!p_.log) {
-      const int64_t offset = ((batch * p_.num_heads + head) * p_.seqlen + t) * m;
-      for (int64_t r = 0; r < rows; ++r) {
-        load_row(p_.dtype, p_.out, offset + r * m, 1, m, out_ + r * mp_);
-        for (int64_t i = 0; i < m; ++i) grad_[r * mp_ + i] *= out_[r * mp_ + i];
-      }
-    }
     for (int64_t r = 0; r < rows; ++r) {
-      double sum = 0;
-      for (int64_t i = 0; i < m; ++i) {
-        sum += double(grad_[r * mp_ + i]);
-        sums.log_weight[i] += double(grad_[r * mp_ + i]);
-      }
-      row_sums_[r] = sum;
-    }
-    if (p_.kind == FeatureKind::kExp) return;
-    features_.exponents(x_, rows, out_, plain_);
-    for (int64_t r = 0; r < rows; ++r) {
-      Acc* grad = grad_ + r * mp_;
-      const Acc* plain = plain_ + r * mp_;
-      const Acc sum = static_cast<Acc>(row_sums_[r]);
-      for (int64_t i = 0; i < mp_; i += kLanes<Acc>) {
-        const Vec<Acc> g = load(grad + i), u = load(plain + i);
-        if (p_.kind == FeatureKind::kSoftmax) {
-          store(grad + i, g - exp2_scaled<Acc>(u, Vec<Acc>{}) * sum);
-        } else {
-          store(grad + i, u > 0 ? g / (u + Acc(1)) : g);
-        }
-      }
-      for (int64_t i = m; i < mp_; ++i) grad[i] = 0;
+      load_row(p_.dtype, p_.out, (first_row + r) * m, 1, m, out_ + r * mp_);
+      for (int64_t i = 0; i < m; ++i) grad_[r * mp_ + i] *= out_[r * mp_ + i];
+      for (int64_t i = m; i < mp_; ++i) grad_[r * mp_ + i] = 0;
     }
   }
 
@@ -179,13 +123,12 @@ class FeatureMapBackward {
   int64_t dp_, mp_;
   Scratch scratch_;
   Features<Acc> features_;
-  Acc* x_;           // (rows, d)
-  Acc* grad_;        // (rows, m)
-  Acc* out_;         // (rows, m)
-  Acc* plain_;       // (rows, m): Features::exponents
-  Acc* grad_x_;      // (rows, d)
-  Acc* grad_omega_;  // (m, d)
-  double row_sums_[kFeatureRows];
+  FeatureSums<Acc> sums_;
+  Acc* x_;       // (rows, d)
+  Acc* grad_;    // (rows, m)
+  Acc* out_;     // (rows, m)
+  Acc* plain_;   // (rows, m): Features::exponents
+  Acc* grad_x_;  // (rows, d)
 };
 
 template <typename Acc>
@@ -199,21 +142,21 @@ void feature_map_backward_tasks(const FeatureMapBackwardParams& params, int64_t 
 template <typename Acc>
 void feature_map_backward_sum(const FeatureMapBackwardParams& params) {
   const FeatureMapParams& p = params.forward;
-  const int64_t m = p.num_features, d = p.headdim;
-  const auto sum = [&](void* target, int64_t head, int64_t count, auto member, double factor) {
+  const int64_t m = p.num_features, md = p.feature.dct ? m : m * p.headdim;
+  const auto sum = [&](void* target, int64_t head, int64_t first, int64_t count) {
     if (target == nullptr) return;
     for (int64_t i = 0; i < count; ++i) {
       double total = 0;
       for (int64_t batch = 0; batch < p.batch; ++batch) {
-        total += (FeatureGradSums(p, params.workspace, batch * p.num_heads + head).*member)[i];
+        total += feature_grads_of(params, batch * p.num_heads + head)[first + i];
       }
-      static_cast<Acc*>(target)[head * count + i] = static_cast<Acc>(factor * total);
+      static_cast<Acc*>(target)[head * count + i] = static_cast<Acc>(total);
     }
   };
   for (int64_t head = 0; head < p.num_heads; ++head) {
-    sum(params.grad.omega, head, m * d, &FeatureGradSums::omega, std::sqrt(p.scale));
-    sum(params.grad.log_weight, head, m, &FeatureGradSums::log_weight, 1.0);
-    sum(params.grad.beta, head, 1, &FeatureGradSums::beta, -p.scale);
+    sum(params.grad.omega, head, 0, md);
+    sum(params.grad.log_weight, head, md, m);
+    sum(params.grad.beta, head, md + m, 1);
   }
 }
 
@@ -224,7 +167,7 @@ void feature_map_forward(const FeatureMapParams& params, int64_t begin, int64_t 
 
 size_t feature_map_backward_workspace(const FeatureMapBackwardParams& params) {
   const FeatureMapParams& p = params.forward;
-  return p.batch * p.num_heads * FeatureGradSums::size(p) * sizeof(double);
+  return p.batch * p.num_heads * feature_grads_size(p) * sizeof(double);
 }
 
 void feature_map_backward(const FeatureMapBackwardParams& params, int64_t begin, int64_t end) {

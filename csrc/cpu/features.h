@@ -1,6 +1,7 @@
 // The exponents log2 phi of a tile of rows: docs/numerics.md, "The function".
 #pragma once
 
+#include "cpu/dct_features.h"
 #include "cpu/tile.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
@@ -53,19 +54,20 @@ inline constexpr int64_t kPendingRows = 4 * kTile;
 
 template <typename Acc>
 struct FeatureSums {
-  int64_t m = 0, d = 0, mp = 0, dp = 0;
-  Acc* omega = nullptr;   // (mp, dp), of q or k: sqrt(scale) is missing
-  Acc* weight = nullptr;  // (mp)
+  int64_t m = 0, d = 0, mp = 0, dp = 0;  // d, dp: 1 for the frequencies of a DCT
+  Acc* omega = nullptr;                  // (mp, dp), of q or k: sqrt(scale) is missing
+  Acc* weight = nullptr;                 // (mp)
   double beta = 0;
   bool want_beta = false;
   int64_t pending = 0;       // rows in omega and weight
   double* target = nullptr;  // omega (m, d), weight (m), beta
 
-  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim) {
+  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim,
+                bool dct) {
     m = kind == FeatureKind::kGiven ? 0 : num_features;
-    d = headdim;
+    d = dct ? 1 : headdim;
     mp = padded<Acc>(m);
-    dp = padded<Acc>(d);
+    dp = dct ? 1 : padded<Acc>(d);
     omega = scratch.take<Acc>(mp * dp);
     weight = scratch.take<Acc>(mp);
   }
@@ -97,30 +99,34 @@ struct FeatureSums {
 template <typename Acc>
 class Features {
  public:
-  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim,
+  void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim, bool dct,
                 bool with_backward = false) {
     kind_ = kind;
+    dct_ = dct;
     m_ = num_features;
     d_ = headdim;
     mp_ = padded<Acc>(m_);
     dp_ = padded<Acc>(d_);
     if (kind_ == FeatureKind::kGiven || m_ == 0) return;
-    weight_ = scratch.take<Acc>(dp_ * mp_);
     bias_ = scratch.take<Acc>(mp_);
+    if (dct_) return transform_.allocate(scratch, m_, d_);
+    weight_ = scratch.take<Acc>(dp_ * mp_);
     if (with_backward) rows_ = scratch.take<Acc>(mp_ * dp_);
   }
 
   // Packing omega pays for itself over a tile of rows, not over one.
   void set(const FeatureParams& params, int64_t head, double scale, bool pack = true) {
     scale_ = static_cast<Acc>(scale);
-    if (weight_ == nullptr) return;
-    omega_ = static_cast<const Acc*>(params.omega) + head * m_ * d_;
+    if (bias_ == nullptr) return;
+    omega_ = static_cast<const Acc*>(params.omega) + head * m_ * (dct_ ? 1 : d_);
     const double unit = kind_ == FeatureKind::kElu ? 1.0 : kLog2E;
     const Acc root = static_cast<Acc>(std::sqrt(scale));
     factor_ = static_cast<Acc>(std::sqrt(scale) * unit);
     packed_ = pack;
-    if (pack) {
-      paired_ = kind_ == FeatureKind::kExp && is_paired();
+    paired_ = (pack || dct_) && kind_ == FeatureKind::kExp && is_paired();
+    if (dct_) {
+      transform_.set(omega_, m_);
+    } else if (pack) {
       turn(omega_, d_, m_, d_, weight_, mp_, mp_);
       for (int64_t i = 0; i < d_ * mp_; ++i) weight_[i] *= factor_;
     }
@@ -136,13 +142,15 @@ class Features {
   }
 
   // out (rows x padded m) = log2 phi of x (rows x padded d); for kGiven a copy of x. plain, if
-  // wanted, holds what the backward needs: log2 softmax(u) for kSoftmax, u for kElu.
+  // wanted, holds what the backward needs: log2 softmax(u) for kSoftmax, u for kElu, C x for a DCT.
   void exponents(const Acc* x, int64_t rows, Acc* out, Acc* plain = nullptr) const {
     if (kind_ == FeatureKind::kGiven) {
       std::memcpy(out, x, rows * mp_ * sizeof(Acc));
       return;
     }
-    if (packed_) {
+    if (dct_) {
+      transform_.apply(x, dp_, rows, paired_ ? m_ / 2 : m_, factor_, out, mp_, plain);
+    } else if (packed_) {
       gemm<Operand::kPlain, Operand::kPlain, Result::kAssign>(rows, paired_ ? m_ / 2 : mp_, d_, x,
                                                               dp_, weight_, mp_, out, mp_);
     } else {
@@ -164,7 +172,7 @@ class Features {
           }
           shift = horizontal_sum<Acc>(sum) * norm_factor_;
         }
-        if (packed_ && paired_) {
+        if (paired_) {
           for (int64_t i = 0; i < m_ / 2; i += kLanes<Acc>) store(row + m_ / 2 + i, -load(row + i));
         }
         finish_row(row, row, broadcast(shift));
@@ -224,14 +232,24 @@ class Features {
         for (int64_t i = 0; i < m_; ++i) row[i] /= u[i] > 0 ? 1 + u[i] : Acc(1);
       }
     }
-    gemm<Operand::kTransposed, Operand::kPlain>(mp_, dp_, rows, db, mp_, x, dp_, grads.omega, dp_);
     const int64_t half = paired_ ? m_ / 2 : 0;
+    if (dct_) {
+      transform_.sum_gradients(db, plain, mp_, rows, m_, grads.omega);
+    } else {
+      gemm<Operand::kTransposed, Operand::kPlain>(mp_, dp_, rows, db, mp_, x, dp_, grads.omega,
+                                                  dp_);
+    }
     for (int64_t t = 0; t < rows; ++t) {
       Acc* row = db + t * mp_;
       for (int64_t i = 0; i < half; i += L) store(row + i, load(row + i) - load(row + half + i));
     }
-    gemm<Operand::kPlain, Operand::kPlain>(rows, dp_, paired_ ? half : mp_, db, mp_, rows_, dp_, dx,
-                                           dp_);
+    const int64_t different = paired_ ? half : m_;
+    if (dct_) {
+      const Acc root = static_cast<Acc>(std::sqrt(double{scale_}));
+      transform_.apply_transposed(db, mp_, rows, different, root, dx, dp_);
+    } else {
+      gemm<Operand::kPlain, Operand::kPlain>(rows, dp_, different, db, mp_, rows_, dp_, dx, dp_);
+    }
     grads.pending += rows;
     if (grads.pending >= kPendingRows) grads.flush(scale_);
   }
@@ -253,10 +271,10 @@ class Features {
   // Whether the second half of the features is the first half of -x, as FeatureMap makes them: one
   // product serves both.
   bool is_paired() const {
-    const int64_t half = m_ / 2;
-    if (m_ % (2 * kLanes<Acc>) != 0) return false;
-    for (int64_t i = 0; i < half * d_; ++i) {
-      if (omega_[half * d_ + i] != -omega_[i]) return false;
+    const int64_t half = m_ / 2, size = half * (dct_ ? 1 : d_);
+    if (m_ % (2 * kLanes<Acc>) != 0 || (dct_ && half % d_ != 0)) return false;
+    for (int64_t i = 0; i < size; ++i) {
+      if (omega_[size + i] != -omega_[i]) return false;
     }
     return true;
   }
@@ -277,7 +295,8 @@ class Features {
   int64_t m_ = 0, d_ = 0, mp_ = 0, dp_ = 0;
   const Acc* omega_ = nullptr;
   Acc factor_ = 1;
-  bool packed_ = true, paired_ = false;
+  bool dct_ = false, packed_ = true, paired_ = false;
+  DctFeatures<Acc> transform_;
   Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for kElu
   Acc* bias_ = nullptr;    // (padded m): log_weight log2 e
   Acc* rows_ = nullptr;    // (padded m, padded d), for the backward: omega sqrt(scale)

@@ -26,7 +26,7 @@ class KeyWalk {
     sink_keys = scratch.take<Acc>(p.sinks * dp);
     sink_values = scratch.take<Acc>(p.sinks * vp);
     log_decay_ = scratch.take<double>(tile_rows);
-    fk_.allocate(scratch, p.kind, p.num_features, p.headdim);
+    fk_.allocate(scratch, p.kind, p.num_features, p.headdim, p.fk.dct);
     if (!has_far) return;
     state.allocate(scratch, mp, vp, false);
     a = scratch.take<Acc>(kTile * mp);

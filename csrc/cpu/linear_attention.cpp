@@ -47,8 +47,11 @@ BackwardCounts counts_of(const std::vector<BackwardPiece>& pieces) {
 template <typename Acc>
 class ParameterSums {
  public:
-  ParameterSums(const LinearAttentionParams& p, const FeatureGrads& grads, int64_t heads)
-      : md_(p.num_features * p.headdim), m_(p.num_features), grads_(grads), heads_(heads) {
+  ParameterSums(const LinearAttentionParams& p, bool dct, const FeatureGrads& grads, int64_t heads)
+      : md_(p.num_features * (dct ? 1 : p.headdim)),
+        m_(p.num_features),
+        grads_(grads),
+        heads_(heads) {
     sums_.resize(heads * (md_ + m_ + 1));
   }
   void add(int64_t head, const double* row) {
@@ -83,8 +86,8 @@ void finish_parameters(const LinearAttentionBackwardParams& params,
   const LinearAttentionParams& p = params.forward;
   if (workspace.row_size() == 0) return;
   const int64_t groups = workspace.groups();
-  ParameterSums<Acc> queries(p, params.grad_fq, p.num_heads);
-  ParameterSums<Acc> keys(p, params.grad_fk, p.num_kv_heads);
+  ParameterSums<Acc> queries(p, p.fq.dct, params.grad_fq, p.num_heads);
+  ParameterSums<Acc> keys(p, p.fk.dct, params.grad_fk, p.num_kv_heads);
   for (const BackwardPiece& piece : pieces) {
     const int64_t head = piece.task % p.num_kv_heads;
     if (piece.half == BackwardHalf::kKeys) {

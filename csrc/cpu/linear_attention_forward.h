@@ -58,7 +58,7 @@ class LinearAttentionForward {
     num_ = scratch_.take<Acc>(kTile * walk_.vp);
     fq_maps_ = new (scratch_.take<Features<Acc>>(walk_.groups)) Features<Acc>[walk_.groups];
     for (int64_t g = 0; g < walk_.groups; ++g) {
-      fq_maps_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+      fq_maps_[g].allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fq.dct);
     }
   }
 

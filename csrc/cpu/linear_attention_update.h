@@ -30,7 +30,7 @@ class LinearAttentionUpdate {
     num_ = scratch_.take<Acc>(groups_ * vp_);
     den_ = scratch_.take<Acc>(groups_);
     scale_ = scratch_.take<Acc>(groups_);
-    map_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim);
+    map_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fk.dct);
   }
 
   void run(int64_t task) {

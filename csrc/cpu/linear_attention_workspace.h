@@ -16,10 +16,12 @@ class BackwardWorkspace {
   BackwardWorkspace(const LinearAttentionBackwardParams& params, BackwardCounts counts)
       : p_(params.forward), counts_(counts), base_(static_cast<double*>(params.workspace)) {}
 
-  // Gradients of one head's feature parameters: omega (m, d), log_weight (m), beta.
+  // Gradients of one head's feature parameters: omega (m, d) or, of a DCT, (m); log_weight (m);
+  // beta.
   int64_t row_size() const {
     const bool given = p_.kind == FeatureKind::kGiven || p_.num_features == 0;
-    return given ? 0 : p_.num_features * (p_.headdim + 1) + 1;
+    const int64_t columns = p_.fq.dct && p_.fk.dct ? 1 : p_.headdim;
+    return given ? 0 : p_.num_features * (columns + 1) + 1;
   }
   int64_t groups() const { return p_.num_heads / p_.num_kv_heads; }
 

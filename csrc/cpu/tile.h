@@ -25,7 +25,8 @@ class Scratch {
   template <typename T>
   T* take(int64_t count) {
     constexpr size_t kAlign = 64;
-    const size_t bytes = (count * sizeof(T) + 2 * kAlign - 1) / kAlign * kAlign;
+    // A vector may be read across the end.
+    const size_t bytes = (count * sizeof(T) + 3 * kAlign - 1) / kAlign * kAlign;
     void* block = std::aligned_alloc(kAlign, bytes);
     if (block == nullptr) throw std::bad_alloc();
     std::memset(block, 0, bytes);

@@ -95,6 +95,8 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
                           p.headdim);
     p.fk = feature_params(a.fk.omega, a.fk.log_weight, a.fk.beta, a.q, p.num_kv_heads,
                           p.num_features, p.headdim);
+    check_omega<Backend>(p.fq);
+    check_omega<Backend>(p.fk);
   }
   check(a.scale > 0, "scale must be positive, got ", a.scale);
   check(a.window >= 0 && a.sinks >= 0, "window and sinks must not be negative");
@@ -205,7 +207,8 @@ inline FeatureGradTensors new_feature_grads(const FeatureTensors& f, const Tenso
   const auto one = [&](const OptionalTensor& t, const Shape& shape) {
     return t && wanted ? new_tensor(like, shape, acc, true) : no_tensor(like, acc);
   };
-  return {one(f.omega, {heads, m, d}), one(f.log_weight, {heads, m}), one(f.beta, {heads})};
+  const Shape omega = f.omega ? omega_shape(*f.omega, heads, m, d) : Shape{};
+  return {one(f.omega, omega), one(f.log_weight, {heads, m}), one(f.beta, {heads})};
 }
 
 inline FeatureGrads data_of(const FeatureGradTensors& g) {

@@ -12,6 +12,8 @@
 namespace dijiang::binding {
 
 struct CpuBackend {
+  static constexpr bool kTakesDct = true;
+
   static void dct(const DctParams& p, const Tensor&) {
     const int64_t rows = p.batch * p.heads * p.seqlen;
     // Rows are short: a thread is worth waking for some tens of thousands of elements.

@@ -8,16 +8,33 @@
 
 namespace dijiang::binding {
 
+// A matrix a head, or the frequencies of rows of the DCT.
+inline Shape omega_shape(const Tensor& omega, int64_t heads, int64_t num_features,
+                         int64_t headdim) {
+  if (omega.dim() == 2) return {heads, num_features};
+  return {heads, num_features, headdim};
+}
+
 // Rows of parameters, one a head; omega present means num_features = omega.size(1).
 inline FeatureParams feature_params(const OptionalTensor& omega, const OptionalTensor& log_weight,
                                     const OptionalTensor& beta, const Tensor& like, int64_t heads,
                                     int64_t num_features, int64_t headdim) {
   const ScalarType acc = acc_type(like);
   FeatureParams p;
-  p.omega = contiguous_data(omega, "omega", like, acc, {heads, num_features, headdim});
+  if (omega) {
+    p.omega = contiguous_data(omega, "omega", like, acc,
+                              omega_shape(*omega, heads, num_features, headdim));
+    p.dct = omega->dim() == 2;
+  }
   p.log_weight = contiguous_data(log_weight, "log_weight", like, acc, {heads, num_features});
   p.beta = contiguous_data(beta, "beta", like, acc, {heads});
   return p;
+}
+
+template <class Backend>
+void check_omega(const FeatureParams& f) {
+  check(Backend::kTakesDct || !f.dct,
+        "omega must have three dimensions (heads, features, headdim) on this device, got two");
 }
 
 inline FeatureKind feature_kind(int64_t kind) {
@@ -30,7 +47,8 @@ inline FeatureMapParams feature_map_params(const Tensor& x, const Tensor& omega,
                                            const OptionalTensor& beta, int64_t kind, double scale,
                                            bool log) {
   check(x.dim() == 4, "x must have four dimensions, got ", x.dim());
-  check(omega.dim() == 3, "omega must have three dimensions, got ", omega.dim());
+  check(omega.dim() == 2 || omega.dim() == 3,
+        "omega must have three dimensions (or two, on the CPU), got ", omega.dim());
   check(scale > 0, "scale must be positive, got ", scale);
   FeatureMapParams p;
   p.dtype = core_dtype(x, "x");
@@ -51,6 +69,7 @@ template <class Backend>
 Tensor feature_map_fwd(const Tensor& x, const Tensor& omega, const OptionalTensor& log_weight,
                        const OptionalTensor& beta, int64_t kind, double scale, bool log) {
   FeatureMapParams p = feature_map_params(x, omega, log_weight, beta, kind, scale, log);
+  check_omega<Backend>(p.feature);
   Tensor out = new_tensor(x, {p.batch, p.num_heads, p.seqlen, p.num_features}, x.scalar_type());
   p.out = data_of(out);
   if (p.out) Backend::feature_map_forward(p, x);
@@ -66,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feature_map_bwd(const Tensor& grad_ou
   FeatureMapBackwardParams p;
   p.forward = feature_map_params(x, omega, log_weight, beta, kind, scale, log);
   const FeatureMapParams& f = p.forward;
+  check_omega<Backend>(f.feature);
   const Shape out_shape{f.batch, f.num_heads, f.seqlen, f.num_features};
   p.forward.out = mutable_contiguous_data(out, "out", x, x.scalar_type(), out_shape);
   p.grad_out = view4(grad_out, "grad_out", x, out_shape);
@@ -74,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feature_map_bwd(const Tensor& grad_ou
   const bool empty = p.forward.out == nullptr;  // then all sums are over nothing
   Tensor grad_x =
       new_tensor(x, {f.batch, f.num_heads, f.seqlen, f.headdim}, x.scalar_type(), empty);
-  Tensor grad_omega = new_tensor(x, {f.num_heads, f.num_features, f.headdim}, acc, empty);
+  Tensor grad_omega =
+      new_tensor(x, omega_shape(omega, f.num_heads, f.num_features, f.headdim), acc, empty);
   Tensor grad_log_weight =
       log_weight ? new_tensor(x, {f.num_heads, f.num_features}, acc, empty) : no_tensor(x, acc);
   Tensor grad_beta = beta ? new_tensor(x, {f.num_heads}, acc, empty) : no_tensor(x, acc);

@@ -18,9 +18,12 @@ class FeatureParams(NamedTuple):
     - ``"exp"``: log phi_i = u_i + log_weight_i - beta \\|x\\|^2
     - ``"softmax"``: log phi_i = u_i - logsumexp_j(u_j) + log_weight_i
     - ``"elu"``: log phi_i = log(1 + elu(u_i)) + log_weight_i
+
+    A matrix omega made of rows of the DCT can be given by its frequencies t alone, (heads,
+    num_features): u_i = t_i (C x)_{i mod headdim}. The CPU then transforms in O(d log d).
     """
 
-    omega: Tensor  # (heads, num_features, headdim)
+    omega: Tensor  # (heads, num_features, headdim), or (heads, num_features): rows t_i C_i
     log_weight: Tensor | None = None  # (heads, num_features)
     beta: Tensor | None = None  # (heads,), "exp" alone
     kind: str = "exp"

@@ -105,6 +105,9 @@ class FeatureMap(nn.Module):
                 self.register_buffer("frequencies", t.float())
         self.log_weight = nn.Parameter(torch.zeros(heads, num_features)) if weighted else None
 
+        self.register_load_state_dict_post_hook(lambda map, _: map._set_transforms())
+        self._set_transforms()
+
         if beta == "auto":
             beta = 0.5 if feature_map in _UNBIASED else 0.0
         values = torch.full((heads,), float(beta)) if self.kind == "exp" else None
@@ -117,6 +120,16 @@ class FeatureMap(nn.Module):
         return (
             f"{self.feature_map!r}, heads={self.heads}, headdim={self.headdim}, "
             f"num_features={self.num_features}"
+        )
+
+    def _set_transforms(self) -> None:
+        """Notes whether feature i is plainly row i mod d of the DCT: the CPU then transforms."""
+        signs = getattr(self, "signs", None)
+        self._transforms = (
+            self.feature_map.startswith("wdcf")
+            and (not self.paired or self.frequencies.shape[1] % self.headdim == 0)
+            and not signs.is_meta
+            and bool((signs == 1).all())
         )
 
     def omega(self) -> Tensor:
@@ -136,7 +149,12 @@ class FeatureMap(nn.Module):
 
     def params(self, repeats: int = 1, dtype: torch.dtype = torch.float32) -> FeatureParams:
         """What the operators take; each head's row `repeats` times (query heads of a kv head)."""
-        omega, log_weight, beta = self.omega(), self.log_weight, self.beta
+        log_weight, beta = self.log_weight, self.beta
+        if self._transforms and self.frequencies.device.type == "cpu":
+            t = self.frequencies
+            omega = torch.cat([t, -t], 1) if self.paired else t
+        else:
+            omega = self.omega()
         if self.kind == "exp":
             # phi.phi is then a mean over the features, an estimate of exp(q.k).
             shift = -0.5 * math.log(self.num_features)

@@ -38,6 +38,14 @@ def dct_matrix(n: int, dtype=torch.float64, device=None) -> Tensor:
     return matrix.to(dtype)
 
 
+def omega_matrix(omega: Tensor, headdim: int) -> Tensor:
+    """FeatureParams.omega as the matrix (heads, m, headdim), where it may be its frequencies."""
+    if omega.dim() == 3:
+        return omega
+    rows = torch.arange(omega.shape[1], device=omega.device) % headdim
+    return omega[..., None] * dct_matrix(headdim, omega.dtype, omega.device)[rows]
+
+
 def dct(x: Tensor, type: int = 2) -> Tensor:
     """DCT of the last dimension as a matrix product; type 3 is the transpose of type 2."""
     matrix = dct_matrix(x.shape[-1], x.dtype, x.device)
@@ -50,7 +58,7 @@ def log_features(x: Tensor, params: FeatureParams, scale: float = 1.0) -> Tensor
         None if p is None else p.to(x.dtype) for p in (params.omega, params.log_weight, params.beta)
     )
     x = x * math.sqrt(scale)
-    u = x @ omega.mT
+    u = x @ omega_matrix(omega, x.shape[-1]).mT
     if params.kind == "exp":
         log_phi = u if beta is None else u - beta[:, None, None] * (x * x).sum(-1, keepdim=True)
     elif params.kind == "softmax":

@@ -153,6 +153,7 @@ class Case {
     s.v = view_of(v, p.kv_heads, p.seqlen, p.dv);
     s.fq = {omega_q.data(), weight_q.data(), beta_q.data()};
     s.fk = {omega_k.data(), weight_k.data(), beta_k.data()};
+    s.fq.dct = s.fk.dct = dct;
     s.scale = p.scale;
     s.window = p.window;
     s.sinks = p.sinks;
@@ -231,6 +232,7 @@ class Case {
   DType dtype;
   Problem p;
   int64_t num_pieces = 0;  // of the last backward
+  bool dct = false;        // omega_q and omega_k are frequencies
 
   Tensor q, k, v, omega_q, weight_q, beta_q, omega_k, weight_k, beta_k, log_decay;
   Tensor out, row_scale, row_sum;

@@ -3,7 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <thread>
@@ -147,6 +150,68 @@ TYPED_TEST(Dct, TakesAnyStrides) {
     cpu::dct(p, 0, 20);  // any split of the rows gives the same
     cpu::dct(p, 20, batch * heads * seqlen);
     EXPECT_EQ(widened(out), widened(transformed(rows, n, 2))) << "n = " << n;
+  }
+}
+
+template <typename T>
+void expect_same_bits(const std::vector<T>& got, const std::vector<T>& expected) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const AccOf<T> a = cpu::to_acc<T>(got[i]), b = cpu::to_acc<T>(expected[i]);
+    ASSERT_TRUE(std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)))
+        << a << " is not " << b << " at " << i;
+  }
+}
+
+TYPED_TEST(Dct, RowsDoNotDependOnTheirNeighbours) {
+  // Alone a row is rounded number by number, among others by vectors. Its values reach over the
+  // whole range of the type, infinities and NaN among them.
+  using T = typename TypeParam::Value;
+  for (int64_t n : {16, 48, 64, 96}) {
+    auto x = random_values<T>(37 * n, 7);
+    const int digits = std::numeric_limits<AccOf<T>>::max_exponent;
+    for (int64_t i = 0; i < 37 * n; ++i) {
+      const AccOf<T> value = std::ldexp(cpu::to_acc<T>(x[i]), i / n * 2 * digits / 36 - digits);
+      x[i] = cpu::from_acc<T>(i / n == 18 ? AccOf<T>(NAN) : value);
+    }
+    for (int type : {2, 3}) {
+      std::vector<T> expected;
+      for (int64_t row = 0; row < 37; ++row) {
+        const std::vector<T> alone(x.begin() + row * n, x.begin() + (row + 1) * n);
+        const auto result = transformed(alone, n, type);
+        expected.insert(expected.end(), result.begin(), result.end());
+      }
+      expect_same_bits(transformed(x, n, type), expected);
+    }
+  }
+}
+
+TYPED_TEST(Dct, LongOutputsAreThoseOfTheirParts) {
+  // Long outputs are written another way where they are aligned.
+  using T = typename TypeParam::Value;
+  for (int64_t n : {16, 64, 80}) {
+    const int64_t rows = (int64_t{1} << 22) / (n * sizeof(T)) + 3, part = rows / 4;
+    const auto x = random_values<T>(rows * n, 8);
+    std::vector<T> expected;
+    for (int64_t begin = 0; begin < rows; begin += part) {
+      const int64_t end = std::min(begin + part, rows);
+      const auto result =
+          transformed(std::vector<T>(x.begin() + begin * n, x.begin() + end * n), n, 2);
+      expected.insert(expected.end(), result.begin(), result.end());
+    }
+    std::vector<T> memory(rows * n + 128);
+    for (int64_t shift : {0, 1}) {
+      const int64_t address = reinterpret_cast<intptr_t>(memory.data()) / sizeof(T);
+      T* out = memory.data() + (64 - address % 64) + shift;
+      DctParams p;
+      p.dtype = TypeParam::dtype;
+      p.n = n;
+      p.seqlen = rows;
+      p.x = {x.data(), rows * n, rows * n, n, 1};
+      p.out = out;
+      cpu::dct(p, 0, rows / 2);
+      cpu::dct(p, rows / 2, rows);
+      expect_same_bits(std::vector<T>(out, out + rows * n), expected);
+    }
   }
 }
 

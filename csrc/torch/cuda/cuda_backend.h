@@ -14,6 +14,8 @@
 namespace dijiang::binding {
 
 struct CudaBackend {
+  static constexpr bool kTakesDct = false;  // the tensor cores multiply by the matrix
+
   static void dct(const DctParams& p, const Tensor& like) {
     const Device device(like);
     const Tensor workspace = new_workspace(like, cuda::dct_workspace(p));

@@ -24,10 +24,13 @@ struct FeatureParams {
   const void* omega = nullptr;       // Acc (heads, num_features, headdim)
   const void* log_weight = nullptr;  // Acc (heads, num_features); null: 0
   const void* beta = nullptr;        // Acc (heads); null: 0
+  // omega is Acc (heads, num_features), and row i of the matrix omega_i times row i mod headdim of
+  // the orthonormal DCT-II matrix. The CPU transforms; other backends take the matrix itself.
+  bool dct = false;
 };
 
 struct FeatureGrads {
-  void* omega = nullptr;       // Acc (heads, num_features, headdim)
+  void* omega = nullptr;       // Acc, as FeatureParams::omega
   void* log_weight = nullptr;  // Acc (heads, num_features)
   void* beta = nullptr;        // Acc (heads)
 };

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _library
 from .._types import FeatureParams, acc_dtype
+from ..reference import omega_matrix
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LOWERED = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,8 +186,15 @@ def check_params(
     if params.beta is not None and params.kind != "exp":
         raise ValueError(f"{op}: {name}.beta belongs to kind 'exp', got kind {params.kind!r}")
     omega, log_weight, beta = params.omega, params.log_weight, params.beta
-    check_like(op, f"{name}.omega", omega, (heads, "m", headdim), "(heads, features, headdim)",
-               like, omega.dtype)  # fmt: skip
+    if isinstance(omega, Tensor) and omega.dim() == 2:
+        check_like(op, f"{name}.omega", omega, (heads, "m"), "(heads, features)", like, omega.dtype)
+        if not headdim:
+            raise ValueError(f"{op}: frequencies in place of {name}.omega need a headdim above 0")
+        if like.device.type != "cpu":
+            omega = omega_matrix(omega, headdim)  # for the tensor cores
+    else:
+        check_like(op, f"{name}.omega", omega, (heads, "m", headdim),
+                   "(heads, features, headdim)", like, omega.dtype)  # fmt: skip
     if log_weight is not None:
         check_like(op, f"{name}.log_weight", log_weight, (heads, omega.shape[1]),
                    "(heads, features)", like, log_weight.dtype)  # fmt: skip
