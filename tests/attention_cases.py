@@ -52,6 +52,11 @@ def assert_close(got, truth, dtype):
 
 
 def random_params(heads, features, headdim, kind, size=1.0):
+    """kind "dct": "exp" with the frequencies of rows of the DCT in place of a matrix."""
+    if kind == "dct":
+        _, log_weight, beta, kind = random_params(heads, features, headdim, "exp", size)
+        t = size * headdim**0.5 * torch.randn(heads, features, dtype=torch.float64)
+        return FeatureParams(t, log_weight, beta, kind)
     beta = torch.rand(heads, dtype=torch.float64) if kind == "exp" else None
     omega = size * torch.randn(heads, features, headdim, dtype=torch.float64)
     return FeatureParams(omega, size * torch.randn(heads, features).double(), beta, kind)

@@ -31,7 +31,7 @@ def on(params, device, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dct"])
 def test_against_oracle(kind, log, dtype, device):
     skip_unsupported(device, dtype)
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def test_against_oracle(kind, log, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dct"])
 def test_low_precision_law(kind, log, dtype, device):
     torch.manual_seed(0)
     x, params = random_x().to(device, dtype), random_params(HEADS, FEATURES, HEADDIM, kind)
@@ -77,11 +77,11 @@ def test_strided_and_expanded_views(device):
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dct"])
 def test_gradients(kind, log):
     torch.manual_seed(0)
     x = random_x(2, 2, 3, 4).requires_grad_()
-    omega, log_weight, beta, _ = map_params(
+    omega, log_weight, beta, kind = map_params(
         random_params(2, 5, 4, kind), lambda p: p.requires_grad_()
     )
 

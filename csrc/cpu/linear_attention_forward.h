@@ -15,32 +15,45 @@ bool all_finite(const Acc* x, int64_t count) {
   return horizontal_sum<Acc>(zero) == 0;
 }
 
-// out, row_scale and row_sum of one row (batch, head, token) from num and den, both times 2^-scale.
+// out, row_scale and row_sum of rows (batch, head, token) from `first` on, from num (rows, stride)
+// and den, both times 2^-scale. den and scale end in whole vectors; num is overwritten.
 template <typename Acc>
-void write_row(const LinearAttentionParams& p, int64_t row, Acc scale, Acc den, Acc* num,
-               int64_t padded_size) {
-  Acc row_scale = 0, row_sum = 1;
-  if (p.normalize) {
-    if (p.eps > 0) den += scale_by_one(static_cast<Acc>(p.eps), -scale);
-    const Acc inverse = den == 0 ? Acc(0) : 1 / den;
-    for (int64_t j = 0; j < padded_size; ++j) num[j] *= inverse;
-    row_sum = std::numeric_limits<Acc>::infinity();
-    if (den != 0) {
+void write_rows(const LinearAttentionParams& p, int64_t first, int64_t rows, const Acc* scale,
+                const Acc* den, Acc* num, int64_t stride) {
+  constexpr int64_t L = kLanes<Acc>;
+  const auto put = [&](void* target, int64_t row, int64_t n, Vec<Acc> x) {
+    if (target != nullptr) std::memcpy(static_cast<Acc*>(target) + row, &x, n * sizeof(Acc));
+  };
+  for (int64_t t = 0; t < rows; t += L) {
+    const int64_t n = rows - t < L ? rows - t : L;
+    Vec<Acc> row_scale{}, row_sum = broadcast(Acc(1));
+    Acc inverse[L];
+    if (p.normalize) {
+      const Vec<Acc> r = load(scale + t);
+      Vec<Acc> d = load(den + t);
+      if (p.eps > 0) d += scale_by<Acc>(broadcast(static_cast<Acc>(p.eps)), -r);
+      store(inverse, d == 0 ? Vec<Acc>{} : Acc(1) / d);
       // den's exponent moves into the scale, unless that is too large to take it.
-      const Acc exponent = exponent_of_one(den, Acc(1)) - 1;
-      row_scale = scale + exponent;
-      const bool exact = row_scale - scale == exponent;
-      row_scale = exact ? row_scale : scale;
-      row_sum = exact ? scale_by_one(den, -exponent) : den;
+      const Vec<Acc> exponent = exponent_of<Acc>(d, Acc(1)) - Acc(1), moved = r + exponent;
+      const auto exact = moved - r == exponent;
+      row_scale = exact ? moved : r;
+      row_sum = exact ? scale_by<Acc>(d, -exponent) : d;
+      row_scale = d == 0 ? Vec<Acc>{} : row_scale;
+      row_sum = d == 0 ? broadcast(std::numeric_limits<Acc>::infinity()) : row_sum;
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        inverse[i] = 1;
+        Acc* row = num + (t + i) * stride;
+        for (int64_t j = 0; j < stride; j += L) {
+          store(row + j, scale_by<Acc>(load(row + j), broadcast(scale[t + i])));
+        }
+      }
     }
-  } else {
-    for (int64_t j = 0; j < padded_size; j += kLanes<Acc>) {
-      store(num + j, scale_by<Acc>(load(num + j), broadcast(scale)));
-    }
+    put(p.row_scale, first + t, n, row_scale);
+    put(p.row_sum, first + t, n, row_sum);
+    store_rows(p.dtype, p.out, (first + t) * p.headdim_v, n, p.headdim_v, num + t * stride, stride,
+               inverse);
   }
-  if (p.row_scale) static_cast<Acc*>(p.row_scale)[row] = row_scale;
-  if (p.row_sum) static_cast<Acc*>(p.row_sum)[row] = row_sum;
-  store_row(p.dtype, p.out, row * p.headdim_v, p.headdim_v, num);
 }
 
 template <typename Acc>
@@ -95,7 +108,8 @@ class LinearAttentionForward {
       const bool safe = !walk_.intra || den_[t] >= Acc(kSafeDenominator);
       if (!safe && scale_[t] > Acc(kEmptyLogScale)) exact_row<kGiven>(t);
     }
-    write_rows(g);
+    const int64_t first = (walk_.batch * p_.num_heads + query_head(g)) * p_.seqlen + walk_.token;
+    write_rows(p_, first, rows, scale_, den_, num_, walk_.vp);
   }
 
   // near_ = q.k scale log2 e, sinks first, then the window.
@@ -291,13 +305,6 @@ class LinearAttentionForward {
       }
     }
     den_[t] = den;
-  }
-
-  void write_rows(int64_t g) {
-    const int64_t first = (walk_.batch * p_.num_heads + query_head(g)) * p_.seqlen + walk_.token;
-    for (int64_t t = 0; t < walk_.rows; ++t) {
-      write_row(p_, first + t, scale_[t], den_[t], num_ + t * walk_.vp, walk_.vp);
-    }
   }
 
   const LinearAttentionParams& p_;

@@ -28,8 +28,8 @@ class LinearAttentionUpdate {
     log_scale_ = scratch_.take<Acc>(mp_);
     z_ = scratch_.take<Acc>(mp_);
     num_ = scratch_.take<Acc>(groups_ * vp_);
-    den_ = scratch_.take<Acc>(groups_);
-    scale_ = scratch_.take<Acc>(groups_);
+    den_ = scratch_.take<Acc>(padded<Acc>(groups_));
+    scale_ = scratch_.take<Acc>(padded<Acc>(groups_));
     map_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fk.dct);
   }
 
@@ -47,9 +47,7 @@ class LinearAttentionUpdate {
     take_token();
     near();
     dispatch_given(p_.kind, [&](auto given) { far<given.value>(); });
-    for (int64_t g = 0; g < groups_; ++g) {
-      write_row(p_, query_row(g), scale_[g], den_[g], num_ + g * vp_, vp_);
-    }
+    write_rows(p_, query_row(0), groups_, scale_, den_, num_, vp_);
   }
 
   ~LinearAttentionUpdate() {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/narrow.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
@@ -90,7 +91,9 @@ void load_row(DType dtype, const void* source, int64_t offset, int64_t stride, i
       if (stride == 1 && std::is_same_v<T, Acc>) {
         std::memcpy(out, p, count * sizeof(Acc));
       } else if (stride == 1) {
-        for (int64_t i = 0; i < count; ++i) out[i] = to_acc(p[i]);
+        int64_t i = 0;
+        for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) store(out + i, load_wide<T>(p + i));
+        for (; i < count; ++i) out[i] = to_acc(p[i]);
       } else {
         for (int64_t i = 0; i < count; ++i) out[i] = to_acc(p[i * stride]);
       }
@@ -98,15 +101,32 @@ void load_row(DType dtype, const void* source, int64_t offset, int64_t stride, i
   });
 }
 
+// Rows of x, each times its factor where there are any, into contiguous rows of `count` elements
+// from element `offset` on.
 template <typename Acc>
-void store_row(DType dtype, void* target, int64_t offset, int64_t count, const Acc* x) {
+void store_rows(DType dtype, void* target, int64_t offset, int64_t rows, int64_t count,
+                const Acc* x, int64_t x_stride, const Acc* factor = nullptr) {
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (std::is_same_v<AccOf<T>, Acc>) {
-      T* p = static_cast<T*>(target) + offset;
-      for (int64_t i = 0; i < count; ++i) p[i] = from_acc<T>(x[i]);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* p = static_cast<T*>(target) + offset + r * count;
+        const Acc* row = x + r * x_stride;
+        const Acc one = factor ? factor[r] : Acc(1);
+        int64_t i = 0;
+        for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) {
+          const auto v = narrow<T>(load(row + i) * broadcast(one));
+          std::memcpy(p + i, &v, sizeof(v));
+        }
+        for (; i < count; ++i) p[i] = from_acc<T>(row[i] * one);
+      }
     }
   });
+}
+
+template <typename Acc>
+void store_row(DType dtype, void* target, int64_t offset, int64_t count, const Acc* x) {
+  store_rows(dtype, target, offset, 1, count, x, 0);
 }
 
 // Rows [t, t + rows) of one (batch, head) of a view, into rows of out_stride elements.
@@ -124,9 +144,7 @@ void load_tile(DType dtype, const ConstView& view, int64_t batch, int64_t head, 
 template <typename Acc>
 void store_tile(DType dtype, void* target, int64_t offset, int64_t rows, int64_t dim, const Acc* x,
                 int64_t x_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    store_row(dtype, target, offset + i * dim, dim, x + i * x_stride);
-  }
+  store_rows(dtype, target, offset, rows, dim, x, x_stride);
 }
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

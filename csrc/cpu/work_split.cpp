@@ -22,13 +22,16 @@ struct Pass {
   bool backwards = false;
 };
 
-double features_cost(const LinearAttentionParams& p) {
-  const double m = static_cast<double>(p.num_features);
-  const double product = p.kind == FeatureKind::kGiven ? 0 : m * static_cast<double>(p.headdim);
-  return product + kExponent * m;
+// One product of rows with the features' matrix, and one exponential of each feature.
+double product_cost(const LinearAttentionParams& p) {
+  const bool product = p.kind != FeatureKind::kGiven && !p.fk.dct;
+  return product ? static_cast<double>(p.num_features * p.headdim) : 0;
+}
+double exponent_cost(const LinearAttentionParams& p) {
+  return kExponent * static_cast<double>(p.num_features);
 }
 double state_cost(const LinearAttentionParams& p) {
-  return static_cast<double>(p.num_features) * static_cast<double>(p.headdim_v);
+  return static_cast<double>(p.num_features * p.headdim_v);
 }
 // A product of a query's weights for the keys beside it with rows of `dim`.
 double tile_cost(const LinearAttentionParams& p, int64_t dim) {
@@ -41,33 +44,39 @@ double rows_cost(const LinearAttentionParams& p) {
 int64_t weighed_dim(const LinearAttentionParams& p) {
   return p.window > 0 ? p.headdim : p.num_features;
 }
+double groups_of(const LinearAttentionParams& p) {
+  return static_cast<double>(p.num_heads / std::max<int64_t>(1, p.num_kv_heads));
+}
+double key_cost(const LinearAttentionParams& p) {
+  return rows_cost(p) + product_cost(p) + exponent_cost(p) + state_cost(p);
+}
 
 Pass forward_pass(const LinearAttentionParams& p) {
-  const double groups = static_cast<double>(p.num_heads / std::max<int64_t>(1, p.num_kv_heads));
   Pass pass;
-  pass.skipped = rows_cost(p) + features_cost(p) + state_cost(p);
-  pass.token = pass.skipped + groups * (rows_cost(p) + features_cost(p) + state_cost(p) +
-                                        tile_cost(p, weighed_dim(p) + p.headdim_v));
+  pass.skipped = key_cost(p);
+  pass.token =
+      key_cost(p) + groups_of(p) * (key_cost(p) + tile_cost(p, weighed_dim(p) + p.headdim_v));
   return pass;
 }
 
 Pass queries_pass(const LinearAttentionParams& p) {
-  const double groups = static_cast<double>(p.num_heads / std::max<int64_t>(1, p.num_kv_heads));
+  const int64_t near = p.window > 0 ? 2 * p.headdim : p.num_features;
   Pass pass;
-  pass.skipped = rows_cost(p) + features_cost(p) + state_cost(p);
+  pass.skipped = key_cost(p);
   pass.token =
-      pass.skipped + groups * (2 * rows_cost(p) + 3 * features_cost(p) + state_cost(p) +
-                               tile_cost(p, (p.window > 0 ? 2 : 1) * weighed_dim(p) + p.headdim_v));
+      key_cost(p) + groups_of(p) * (2 * rows_cost(p) + 3 * product_cost(p) + 2 * exponent_cost(p) +
+                                    state_cost(p) + tile_cost(p, near + p.headdim_v));
   return pass;
 }
 
 Pass keys_pass(const LinearAttentionParams& p) {
-  const double groups = static_cast<double>(p.num_heads / std::max<int64_t>(1, p.num_kv_heads));
+  const double query = 2 * rows_cost(p) + product_cost(p) + 2 * exponent_cost(p) + state_cost(p);
+  const double key =
+      2 * rows_cost(p) + 3 * product_cost(p) + 2 * exponent_cost(p) + 2 * state_cost(p);
   Pass pass;
   pass.backwards = true;
-  pass.skipped = groups * (2 * rows_cost(p) + features_cost(p) + state_cost(p));
-  pass.token = pass.skipped + 2 * rows_cost(p) + 3 * features_cost(p) + 2 * state_cost(p) +
-               2 * groups * tile_cost(p, weighed_dim(p) + p.headdim_v);
+  pass.skipped = groups_of(p) * query;
+  pass.token = pass.skipped + key + 2 * groups_of(p) * tile_cost(p, weighed_dim(p) + p.headdim_v);
   return pass;
 }
 

@@ -95,8 +95,9 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
                           p.headdim);
     p.fk = feature_params(a.fk.omega, a.fk.log_weight, a.fk.beta, a.q, p.num_kv_heads,
                           p.num_features, p.headdim);
-    check_omega<Backend>(p.fq);
-    check_omega<Backend>(p.fk);
+    check_omega<Backend>(p.fq, a.kind);
+    check_omega<Backend>(p.fk, a.kind);
+    check(p.fq.dct == p.fk.dct, "q_omega and k_omega must have as many dimensions");
   }
   check(a.scale > 0, "scale must be positive, got ", a.scale);
   check(a.window >= 0 && a.sinks >= 0, "window and sinks must not be negative");

@@ -32,9 +32,10 @@ inline FeatureParams feature_params(const OptionalTensor& omega, const OptionalT
 }
 
 template <class Backend>
-void check_omega(const FeatureParams& f) {
-  check(Backend::kTakesDct || !f.dct,
-        "omega must have three dimensions (heads, features, headdim) on this device, got two");
+void check_omega(const FeatureParams& f, FeatureKind kind) {
+  check(!f.dct || (Backend::kTakesDct && kind == FeatureKind::kExp),
+        "omega must have three dimensions (heads, features, headdim), but for kind exp on the CPU; "
+        "got two");
 }
 
 inline FeatureKind feature_kind(int64_t kind) {
@@ -69,7 +70,7 @@ template <class Backend>
 Tensor feature_map_fwd(const Tensor& x, const Tensor& omega, const OptionalTensor& log_weight,
                        const OptionalTensor& beta, int64_t kind, double scale, bool log) {
   FeatureMapParams p = feature_map_params(x, omega, log_weight, beta, kind, scale, log);
-  check_omega<Backend>(p.feature);
+  check_omega<Backend>(p.feature, p.kind);
   Tensor out = new_tensor(x, {p.batch, p.num_heads, p.seqlen, p.num_features}, x.scalar_type());
   p.out = data_of(out);
   if (p.out) Backend::feature_map_forward(p, x);
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feature_map_bwd(const Tensor& grad_ou
   FeatureMapBackwardParams p;
   p.forward = feature_map_params(x, omega, log_weight, beta, kind, scale, log);
   const FeatureMapParams& f = p.forward;
-  check_omega<Backend>(f.feature);
+  check_omega<Backend>(f.feature, f.kind);
   const Shape out_shape{f.batch, f.num_heads, f.seqlen, f.num_features};
   p.forward.out = mutable_contiguous_data(out, "out", x, x.scalar_type(), out_shape);
   p.grad_out = view4(grad_out, "grad_out", x, out_shape);

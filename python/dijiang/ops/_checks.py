@@ -188,6 +188,11 @@ def check_params(
     omega, log_weight, beta = params.omega, params.log_weight, params.beta
     if isinstance(omega, Tensor) and omega.dim() == 2:
         check_like(op, f"{name}.omega", omega, (heads, "m"), "(heads, features)", like, omega.dtype)
+        if params.kind != "exp":
+            raise ValueError(
+                f"{op}: frequencies in place of the matrix {name}.omega belong to kind 'exp', got "
+                f"kind {params.kind!r}: give (heads, features, headdim)"
+            )
         if not headdim:
             raise ValueError(f"{op}: frequencies in place of {name}.omega need a headdim above 0")
         if like.device.type != "cpu":

@@ -241,6 +241,11 @@ def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
                 f"{op}: fq and fk must be of one kind and have as many features, got {fq.kind!r} "
                 f"with {fq.omega.shape[1]} and {fk.kind!r} with {fk.omega.shape[1]}"
             )
+        if fq.omega.dim() != fk.omega.dim():
+            raise ValueError(
+                f"{op}: fq.omega and fk.omega must both be matrices or both frequencies, got "
+                f"shapes {tuple(fq.omega.shape)} and {tuple(fk.omega.shape)}"
+            )
         params, kind = (*params_q, *params_k), KINDS[fq.kind]
     return params, log_decay, kind, scale
 
