@@ -32,13 +32,14 @@ NEAR = {"window": WINDOW, "sinks": SINKS}
 HYBRID = "dijiang, window 64 + 4 sinks + linear"
 LEARNED = "dijiang, window 64 + 4 sinks + learned_pm"
 LINEAR = "dijiang, linear"
+WDCF = "dijiang, linear, wdcf"
 BFLOAT16 = "dijiang, linear, bfloat16"
 GIVEN = "dijiang, features given"
 SDPA = "torch scaled_dot_product_attention"
 PUBLISHED = "linear, T x T (plain PyTorch)"
 CHUNKED = "linear, chunked (plain PyTorch)"
 FAST = "fast-transformers, features given"
-FORMS = (HYBRID, LEARNED, LINEAR, GIVEN, SDPA, PUBLISHED, CHUNKED, FAST)
+FORMS = (HYBRID, LEARNED, LINEAR, WDCF, GIVEN, SDPA, PUBLISHED, CHUNKED, FAST)
 FAST_PACKAGE = "pytorch-fast-transformers"
 
 FORWARD, BACKWARD, DECODE = "forward", "forward+backward", "decode"
@@ -64,9 +65,10 @@ def parameters() -> tuple[ops.FeatureParams, ops.FeatureParams, Tensor]:
 
 
 @torch.no_grad()
-def learned_parameters() -> tuple[ops.FeatureParams, ops.FeatureParams]:
-    """Of queries and keys, those of the default map: 128 features, omega = [w, -w]."""
-    features = FeatureMap("learned_pm", heads=KV_HEADS, headdim=HEADDIM)
+def map_parameters(name: str) -> tuple[ops.FeatureParams, ops.FeatureParams]:
+    """Of queries and keys: learned_pm, the default, has 128 features, omega = [w, -w]; wdcf, the
+    paper's, 64, whose omega is rows of the DCT times frequencies."""
+    features = FeatureMap(name, heads=KV_HEADS, headdim=HEADDIM)
     return features.params(HEADS // KV_HEADS), features.params()
 
 
@@ -93,8 +95,9 @@ def forms(length: int, *, published: bool) -> dict:
 
     out = {
         HYBRID: (attention(fq, fk, **NEAR), ours),
-        LEARNED: (attention(*learned_parameters(), **NEAR), ours),
+        LEARNED: (attention(*map_parameters("learned_pm"), **NEAR), ours),
         LINEAR: (attention(fq, fk), ours),
+        WDCF: (attention(*map_parameters("wdcf")), ours),
         GIVEN: (ops.causal_linear_attention, given),
         SDPA: (softmax, repeated),
     }

@@ -2,8 +2,10 @@
 
     python benchmarks/dct.py                # benchmarks/results/dct.{csv,png}
 
-2**22 numbers in all, float32 in rows of 32 to 4096 of them, and bfloat16 in rows of 64. torch-dct
-is compared with where it is installed (see rivals.py).
+2**22 numbers in all, float32 in rows of 32 to 4096 of them; rows of 64 also in bfloat16, and by
+size, from what a cache holds to what it does not. `copy` writes to memory it has, `clone` to new
+memory, as an operator that returns a tensor does. torch-dct is compared with where it is installed
+(see rivals.py).
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from common import Timing, arguments, interleaved, table, write
 from dijiang import ops, plots, reference
 from torch import Tensor
 
-OURS, TORCH_DCT, PRODUCT, COPY = "dijiang dct", "torch-dct", "matrix product", "copy"
+OURS, TORCH_DCT, PRODUCT = "dijiang dct", "torch-dct", "matrix product"
+COPY, CLONE = "copy", "clone"
 BFLOAT16 = ", bfloat16"
-HALF_ROWS = 64  # the row length that is measured in bfloat16, too
+HALF_ROWS = 64  # the row length that is measured in bfloat16 and by size, too
 
 
 def forms(x: Tensor) -> dict[str, Callable[[], object]]:
@@ -30,6 +33,7 @@ def forms(x: Tensor) -> dict[str, Callable[[], object]]:
         OURS: lambda: ops.dct(x),
         PRODUCT: lambda: torch.mm(x, matrix.mT, out=out),
         COPY: lambda: out.copy_(x),
+        CLONE: lambda: x.clone(),
     }
     # Torch's FFT on the CPU, which torch-dct calls, has no bfloat16.
     if x.dtype == torch.float32 and (other := rivals.find(TORCH_DCT)):
@@ -53,6 +57,7 @@ def row(n: int, form: str, timings: dict[str, Timing], total: int) -> dict:
     size = 2 if dtype else 4
     return {
         "n": n,
+        "numbers": total,
         "form": form,
         "median_ms": f"{1e3 * timing.median:.4g}",
         "p10_ms": f"{1e3 * timing.low:.4g}",
@@ -60,6 +65,7 @@ def row(n: int, form: str, timings: dict[str, Timing], total: int) -> dict:
         "gb_per_s": f"{2 * size * (total // n) * n / timing.median / 1e9:.3g}",
         "product_ratio": f"{timings[PRODUCT + dtype].median / timing.median:.3g}",
         "copy_ratio": f"{timings[COPY + dtype].median / timing.median:.3g}",
+        "clone_ratio": f"{timings[CLONE + dtype].median / timing.median:.3g}",
     }
 
 
@@ -69,16 +75,18 @@ def main() -> int:
     note = rivals.note([TORCH_DCT])
     print(note)
     sizes = (64, 100) if args.quick else (32, 64, 80, 96, 128, 256, 512, 1024, 4096)
-    total = 2**14 if args.quick else 2**22
+    usual = 2**14 if args.quick else 2**22
+    cases = [(n, usual) for n in sizes]
+    cases += [(HALF_ROWS, total) for total in ((2**12,) if args.quick else (2**20, 2**24))]
     rows = []
     series: dict[str, list] = {}
-    for n in sizes:
+    for n, total in cases:
         with torch.inference_mode():
             timings = interleaved(calls_at(n, total), seconds=0.01 if args.quick else 1.0)
         for form, timing in timings.items():
             line = row(n, form, timings, total)
             rows.append(line)
-            if not form.endswith(BFLOAT16):
+            if total == usual and not form.endswith(BFLOAT16):
                 series.setdefault(form, []).append((n, float(line["gb_per_s"])))
             print(
                 f"n {n:5} {form:25} {1e3 * timing.median:8.3f} ms {line['gb_per_s']:>6} GB/s",

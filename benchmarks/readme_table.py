@@ -143,13 +143,30 @@ def memory() -> str:
     return common.table(["MiB at tokens", *lengths], cells) + "\n\n" + _measured(machine)
 
 
-def dct(column: str, title: str) -> str:
-    """One column of dct.csv: a row a form, a column a row length."""
+def dct() -> str:
+    """Speeds of dct.csv: a row a form, a column a row length."""
     machine, rows = common.read(common.RESULTS / "dct.csv")
+    rows = [row for row in rows if row["numbers"] == rows[0]["numbers"]]
     sizes = _distinct(rows, "n")
-    at = {(row["form"], row["n"]): row[column] for row in rows}
-    cells = [[form, *(at.get((form, n), "-") for n in sizes)] for form in _distinct(rows, "form")]
-    return common.table([title, *sizes], cells) + "\n\n" + _measured(machine)
+    at = {(row["form"], row["n"]): row["gb_per_s"] for row in rows}
+    forms = [form for form in _distinct(rows, "form") if not form.endswith(", bfloat16")]
+    cells = [[form, *(at.get((form, n), "-") for n in sizes)] for form in forms]
+    return common.table(["GB/s at n", *sizes], cells) + "\n\n" + _measured(machine)
+
+
+def dct_sizes() -> str:
+    """Our transform of rows of 64, in times of a copy: a row a size and dtype."""
+    machine, rows = common.read(common.RESULTS / "dct.csv")
+    cells = {}
+    for row in rows:
+        if row["n"] == "64" and row["form"].startswith("dijiang"):
+            dtype = "bfloat16" if row["form"].endswith(", bfloat16") else "float32"
+            ratios = [1 / float(row[name]) for name in ("copy_ratio", "clone_ratio")]
+            key = dtype, int(row["numbers"])
+            cells[key] = [dtype, f"2^{key[1].bit_length() - 1}", *(f"{x:.2f}" for x in ratios)]
+    header = ["dtype", "numbers", "time / that of a copy", "time / that of a clone"]
+    ordered = [cells[key] for key in sorted(cells, reverse=True)]
+    return common.table(header, ordered[::-1]) + "\n\n" + _measured(machine)
 
 
 def model() -> str:
@@ -192,8 +209,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention threads": attention_threads,
     "attention dtypes": attention_dtypes,
     "memory": memory,
-    "dct": lambda: dct("gb_per_s", "GB/s at n"),
-    "dct of copy": lambda: dct("copy_ratio", "speed / the copy's at n"),
+    "dct": dct,
+    "dct sizes": dct_sizes,
     "model": model,
 }
 

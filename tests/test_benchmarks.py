@@ -67,7 +67,7 @@ def test_memory(tmp_path):
 def test_dct(folder):
     rows = run("dct", folder)
     forms = {row["form"] for row in rows}
-    ours = {"dijiang dct", "matrix product", "copy"}
+    ours = {"dijiang dct", "matrix product", "copy", "clone"}
     assert forms - {"torch-dct"} == ours | {f"{form}, bfloat16" for form in ours}
     for row in rows:
         if row["form"].startswith("copy"):
@@ -266,7 +266,7 @@ def test_torch_dct_where_it_is_installed(bench, monkeypatch, tmp_path, capsys):
 def test_the_default_map_is_measured_with_its_pairs(bench):
     import torch
 
-    fq, fk = bench.cpu.learned_parameters()
+    fq, fk = bench.cpu.map_parameters("learned_pm")
     assert fq.omega.shape == (9, 128, 64) and fk.omega.shape == (3, 128, 64)
     for omega in (fq.omega, fk.omega):
         assert torch.equal(omega[:, 64:], -omega[:, :64]) and not omega.requires_grad
@@ -298,7 +298,7 @@ def test_tables_of_a_new_run(bench, monkeypatch, folder):
     made = {
         name: bench.readme_table.TABLES[name]().splitlines()
         for name in ("attention forward", "attention floor", "attention threads",
-                     "attention dtypes", "dct", "dct of copy", "model")
+                     "attention dtypes", "dct", "dct sizes", "model")
     }  # fmt: skip
     for lines in made.values():
         assert len({line.count("|") for line in lines[:-2]}) == 1

@@ -1,6 +1,8 @@
 """FeatureMap against the formulas of the paper, and its estimate against exp(q.k)."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -62,6 +64,31 @@ def test_wdcf_without_signs_is_the_papers():
     torch.testing.assert_close(
         phi.omega(), phi.frequencies[..., None] * dct_matrix(D).float(), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("name", ["wdcf", "wdcf_pm"])
+@pytest.mark.parametrize("rows", [D - 3, D, 2 * D])
+def test_plain_dct_rows_go_to_the_kernels_as_frequencies(name, rows):
+    paired = name == "wdcf_pm"
+    phi = make(name, num_features=2 * rows if paired else rows)
+    params = phi.params(dtype=torch.float64)
+    plain = not paired or rows % D == 0  # else the second half begins amid the DCT's rows
+    assert params.omega.dim() == (2 if plain else 3)
+    x = torch.randn(2, 3, 5, D, dtype=torch.float64)
+    dense = params._replace(omega=phi.omega().double())
+    want = reference.feature_map(x, dense, scale=0.4, log=True)
+    torch.testing.assert_close(phi(x, scale=0.4, log=True), want, rtol=1e-6, atol=1e-6)
+
+
+def test_loaded_signs_are_not_left_out():
+    phi, signed = make("wdcf"), make("wdcf", random_signs=True)
+    assert signed.params().omega.dim() == 3
+    phi.load_state_dict(signed.state_dict())
+    assert phi.params().omega.dim() == 3
+    x = torch.randn(1, 3, 5, D)
+    assert torch.equal(phi(x), signed(x))
+    for copied in (copy.deepcopy(phi), pickle.loads(pickle.dumps(phi))):
+        assert torch.equal(copied(x), phi(x))
 
 
 def test_published_softmax_map():

@@ -71,7 +71,7 @@ class BackwardKeys {
       fill(workspace_.key_decay(batch_, head_) + piece_begin_, piece_end_ - piece_begin_, 0.0);
     }
     if (has_far_) {
-      sums_.begin(workspace_.key_row(piece.slot), params_.grad_fk.beta != nullptr);
+      sums_.begin(workspace_.key_row(piece.slot), params_.grad_fk);
       begin_future(tokens.index);
     }
     dispatch_given(p_.kind, [&](auto given) {

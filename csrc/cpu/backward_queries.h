@@ -38,7 +38,7 @@ class BackwardQueries {
   void run(const BackwardPiece& piece) {
     walk_.begin(piece, p_.initial);
     for (int64_t g = 0; g < walk_.groups; ++g) {
-      sums_[g].begin(workspace_.query_row(piece.slot, g), params_.grad_fq.beta != nullptr);
+      sums_[g].begin(workspace_.query_row(piece.slot, g), params_.grad_fq);
     }
     fill(sink_dk_, p_.sinks * walk_.dp, Acc(0));
     fill(sink_dv_, p_.sinks * walk_.vp, Acc(0));

@@ -92,7 +92,7 @@ class FeatureMapBackward {
     const int64_t batch = task / p_.num_heads, head = task % p_.num_heads;
     const int64_t m = p_.num_features, d = p_.headdim;
     features_.set(p_.feature, head, p_.scale);
-    sums_.begin(feature_grads_of(params_, task), params_.grad.beta != nullptr);
+    sums_.begin(feature_grads_of(params_, task), params_.grad);
     for (int64_t t = 0; t < p_.seqlen; t += kFeatureRows) {
       const int64_t rows = p_.seqlen - t < kFeatureRows ? p_.seqlen - t : kFeatureRows;
       load_tile(p_.dtype, p_.x, batch, head, t, rows, d, x_, dp_);

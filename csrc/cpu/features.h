@@ -58,7 +58,7 @@ struct FeatureSums {
   Acc* omega = nullptr;                  // (mp, dp), of q or k: sqrt(scale) is missing
   Acc* weight = nullptr;                 // (mp)
   double beta = 0;
-  bool want_beta = false;
+  bool want_omega = false, want_beta = false;
   int64_t pending = 0;       // rows in omega and weight
   double* target = nullptr;  // omega (m, d), weight (m), beta
 
@@ -71,21 +71,24 @@ struct FeatureSums {
     omega = scratch.take<Acc>(mp * dp);
     weight = scratch.take<Acc>(mp);
   }
-  void begin(double* row, bool beta_wanted) {
+  void begin(double* row, const FeatureGrads& wanted) {
     target = row;
     beta = 0;
     pending = 0;
-    want_beta = beta_wanted;
+    want_omega = wanted.omega != nullptr;
+    want_beta = wanted.beta != nullptr;
     if (m > 0) fill(target, m * (d + 1) + 1, 0.0);
   }
   void flush(double scale) {
     if (m == 0) return;
     const double root = std::sqrt(scale);
     for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < d; ++j) target[i * d + j] += root * omega[i * dp + j];
+      for (int64_t j = 0; want_omega && j < d; ++j) {
+        target[i * d + j] += root * omega[i * dp + j];
+      }
       target[m * d + i] += weight[i];
     }
-    fill(omega, mp * dp, Acc(0));
+    if (want_omega) fill(omega, mp * dp, Acc(0));
     fill(weight, mp, Acc(0));
     pending = 0;
   }
@@ -233,9 +236,9 @@ class Features {
       }
     }
     const int64_t half = paired_ ? m_ / 2 : 0;
-    if (dct_) {
+    if (grads.want_omega && dct_) {
       transform_.sum_gradients(db, plain, mp_, rows, m_, grads.omega);
-    } else {
+    } else if (grads.want_omega) {
       gemm<Operand::kTransposed, Operand::kPlain>(mp_, dp_, rows, db, mp_, x, dp_, grads.omega,
                                                   dp_);
     }

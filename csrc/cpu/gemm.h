@@ -63,7 +63,8 @@ inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_
                        int64_t a_depth, const T* b, int64_t b_row, T* c, int64_t c_row,
                        DepthRange range) {
   int64_t i = 0;
-  for (; i + kGemmRows <= rows; i += kGemmRows) {
+  // Two blocks of 4 rows are faster than one of 6 and one of 2, whose sums wait for each other.
+  for (; i + kGemmRows <= rows && (kGemmRows != 6 || rows - i != 8); i += kGemmRows) {
     gemm_rows<kGemmRows>(i, add, depth, a, a_row, a_depth, b, b_row, c, c_row, range);
   }
   for (; i + 4 <= rows; i += 4) {

@@ -9,7 +9,7 @@ template <typename Acc>
 struct QueryTile {
   int64_t token = -1, rows = 0;  // the first token; -1 before any
   Acc* q = nullptr;              // (rows, dp)
-  Acc* scaled_q = nullptr;       // q scale log2 e
+  Acc* scaled_q = nullptr;       // q scale log2 e, where some keys are near
   Acc* grad = nullptr;           // (rows, vp): d out
   Acc* b = nullptr;              // (rows, mp): exponents
   Acc* plain = nullptr;          // (rows, mp): see Features::exponents
@@ -36,7 +36,8 @@ struct QueryTile {
     load_tile(p.dtype, p.q, batch, head, token, rows, p.headdim, q, dp_);
     load_tile(p.dtype, params.grad_out, batch, head, token, rows, p.headdim_v, grad, vp_);
     const Acc factor = static_cast<Acc>(p.scale * kLog2E);
-    for (int64_t i = 0; i < rows * dp_; ++i) scaled_q[i] = q[i] * factor;
+    const bool near = p.window > 0 || p.sinks > 0;
+    for (int64_t i = 0; near && i < rows * dp_; ++i) scaled_q[i] = q[i] * factor;
     if (p.num_features > 0) features.exponents(q, rows, b, plain);
     const int64_t first = (batch * p.num_heads + head) * p.seqlen + token;
     if (p.normalize) {

@@ -39,7 +39,7 @@ double tile_cost(const LinearAttentionParams& p, int64_t dim) {
   return keys * static_cast<double>(dim);
 }
 double rows_cost(const LinearAttentionParams& p) {
-  return 4.0 * static_cast<double>(p.headdim + p.headdim_v);  // read, widened, written
+  return 1 + 4.0 * static_cast<double>(p.headdim + p.headdim_v);  // read, widened, written
 }
 int64_t weighed_dim(const LinearAttentionParams& p) {
   return p.window > 0 ? p.headdim : p.num_features;

@@ -105,8 +105,8 @@ class FeatureMap(nn.Module):
                 self.register_buffer("frequencies", t.float())
         self.log_weight = nn.Parameter(torch.zeros(heads, num_features)) if weighted else None
 
-        self.register_load_state_dict_post_hook(lambda map, _: map._set_transforms())
-        self._set_transforms()
+        self.register_load_state_dict_post_hook(_set_transforms)
+        _set_transforms(self)
 
         if beta == "auto":
             beta = 0.5 if feature_map in _UNBIASED else 0.0
@@ -120,16 +120,6 @@ class FeatureMap(nn.Module):
         return (
             f"{self.feature_map!r}, heads={self.heads}, headdim={self.headdim}, "
             f"num_features={self.num_features}"
-        )
-
-    def _set_transforms(self) -> None:
-        """Notes whether feature i is plainly row i mod d of the DCT: the CPU then transforms."""
-        signs = getattr(self, "signs", None)
-        self._transforms = (
-            self.feature_map.startswith("wdcf")
-            and (not self.paired or self.frequencies.shape[1] % self.headdim == 0)
-            and not signs.is_meta
-            and bool((signs == 1).all())
         )
 
     def omega(self) -> Tensor:
@@ -184,6 +174,16 @@ class FeatureMap(nn.Module):
 
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return ops.feature_map(x, self.params(dtype=dtype), scale=scale, log=log)
+
+
+def _set_transforms(map: FeatureMap, _=None) -> None:
+    """Notes whether feature i is plainly row i mod d of the DCT: the CPU then transforms."""
+    map._transforms = (
+        map.feature_map.startswith("wdcf")
+        and (not map.paired or map.frequencies.shape[1] % map.headdim == 0)
+        and not map.signs.is_meta
+        and bool((map.signs == 1).all())
+    )
 
 
 def dct_matrix(n: int, device=None) -> Tensor:

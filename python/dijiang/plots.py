@@ -230,6 +230,9 @@ def _lines(
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
+            # Past the last colour they come again, dashed.
+            linestyle="-" if index < len(COLOURS) else "--",
+            markerfacecolor=None if index < len(COLOURS) else "white",
             linewidth=1.8,
         )
     places = sorted({x for points in series.values() for x, _ in points})
