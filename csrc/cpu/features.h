@@ -58,7 +58,7 @@ struct FeatureSums {
   Acc* omega = nullptr;                  // (mp, dp), of q or k: sqrt(scale) is missing
   Acc* weight = nullptr;                 // (mp)
   double beta = 0;
-  bool want_omega = false, want_beta = false;
+  bool wanted = false, want_omega = false, want_beta = false;
   int64_t pending = 0;       // rows in omega and weight
   double* target = nullptr;  // omega (m, d), weight (m), beta
 
@@ -71,16 +71,17 @@ struct FeatureSums {
     omega = scratch.take<Acc>(mp * dp);
     weight = scratch.take<Acc>(mp);
   }
-  void begin(double* row, const FeatureGrads& wanted) {
+  void begin(double* row, const FeatureGrads& grads) {
     target = row;
     beta = 0;
     pending = 0;
-    want_omega = wanted.omega != nullptr;
-    want_beta = wanted.beta != nullptr;
-    if (m > 0) fill(target, m * (d + 1) + 1, 0.0);
+    wanted = m > 0 && grads.wanted();
+    want_omega = grads.omega != nullptr;
+    want_beta = grads.beta != nullptr;
+    if (wanted) fill(target, m * (d + 1) + 1, 0.0);
   }
   void flush(double scale) {
-    if (m == 0) return;
+    if (!wanted) return;
     const double root = std::sqrt(scale);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; want_omega && j < d; ++j) {
@@ -94,7 +95,7 @@ struct FeatureSums {
   }
   void finish(double scale) {
     flush(scale);
-    if (m > 0) target[m * d + m] = beta;
+    if (wanted) target[m * d + m] = beta;
   }
 };
 

@@ -91,10 +91,10 @@ void finish_parameters(const LinearAttentionBackwardParams& params,
   for (const BackwardPiece& piece : pieces) {
     const int64_t head = piece.task % p.num_kv_heads;
     if (piece.half == BackwardHalf::kKeys) {
-      keys.add(head, workspace.key_row(piece.slot));
+      if (params.grad_fk.wanted()) keys.add(head, workspace.key_row(piece.slot));
       continue;
     }
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; params.grad_fq.wanted() && g < groups; ++g) {
       queries.add(head * groups + g, workspace.query_row(piece.slot, g));
     }
   }

@@ -14,14 +14,17 @@ struct BackwardCounts {
 class BackwardWorkspace {
  public:
   BackwardWorkspace(const LinearAttentionBackwardParams& params, BackwardCounts counts)
-      : p_(params.forward), counts_(counts), base_(static_cast<double*>(params.workspace)) {}
+      : p_(params.forward),
+        parameters_(params.grad_fq.wanted() || params.grad_fk.wanted()),
+        counts_(counts),
+        base_(static_cast<double*>(params.workspace)) {}
 
   // Gradients of one head's feature parameters: omega (m, d) or, of a DCT, (m); log_weight (m);
   // beta.
   int64_t row_size() const {
     const bool given = p_.kind == FeatureKind::kGiven || p_.num_features == 0;
     const int64_t columns = p_.fq.dct && p_.fk.dct ? 1 : p_.headdim;
-    return given ? 0 : p_.num_features * (columns + 1) + 1;
+    return given || !parameters_ ? 0 : p_.num_features * (columns + 1) + 1;
   }
   int64_t groups() const { return p_.num_heads / p_.num_kv_heads; }
 
@@ -55,6 +58,7 @@ class BackwardWorkspace {
   int64_t sinks_size() const { return p_.sinks * (p_.headdim + p_.headdim_v); }
 
   const LinearAttentionParams& p_;
+  const bool parameters_;  // whether any gradient of them is wanted
   const BackwardCounts counts_;
   double* base_;
 };

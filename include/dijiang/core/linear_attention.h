@@ -33,6 +33,8 @@ struct FeatureGrads {
   void* omega = nullptr;       // Acc, as FeatureParams::omega
   void* log_weight = nullptr;  // Acc (heads, num_features)
   void* beta = nullptr;        // Acc (heads)
+
+  bool wanted() const { return omega != nullptr || log_weight != nullptr || beta != nullptr; }
 };
 
 // The constant-size memory of one batch of sequences. True S = kv * 2^log_scale, true
