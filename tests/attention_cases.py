@@ -149,7 +149,11 @@ def make_case(kind="exp", decay=None, *, batch=BATCH, seqlen=SEQLEN, size=1.0, s
     if kind == "given":
         return Case(q.abs() * size, k.abs() * size, v, log_decay, given=True, options=options)
     fq = fk = None
-    if kind is not None:
+    if kind == "shared":  # one omega for the query heads of a kv head
+        fq = random_params(HEADS, FEATURES, HEADDIM, "exp", size)
+        fk = random_params(KV_HEADS, FEATURES, HEADDIM, "exp", size)
+        fq = fq._replace(omega=fq.omega[:KV_HEADS].clone())
+    elif kind is not None:
         fq = random_params(HEADS, FEATURES, HEADDIM, kind, size)
         fk = random_params(KV_HEADS, FEATURES, HEADDIM, kind, size)
     return Case(q * size, k * size, v, log_decay, fq, fk, options=options)

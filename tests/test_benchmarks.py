@@ -267,7 +267,8 @@ def test_the_default_map_is_measured_with_its_pairs(bench):
     import torch
 
     fq, fk = bench.cpu.map_parameters("learned_pm")
-    assert fq.omega.shape == (9, 128, 64) and fk.omega.shape == (3, 128, 64)
+    assert fq.omega.shape == fk.omega.shape == (3, 128, 64)  # shared by three query heads each
+    assert fq.log_weight.shape == (9, 128)
     for omega in (fq.omega, fk.omega):
         assert torch.equal(omega[:, 64:], -omega[:, :64]) and not omega.requires_grad
 

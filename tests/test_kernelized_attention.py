@@ -30,7 +30,7 @@ exact = pytest.mark.parametrize("dtype", EXACT_DTYPES)
 # Window 16 leaves several blocks far; 80 is wider than one chunk of the state.
 nears = pytest.mark.parametrize("window,sinks", [(0, 0), (0, 3), (16, 0), (16, 3), (80, 20)])
 # None: near keys alone.
-kinds = pytest.mark.parametrize("kind", [*KINDS, "dct", None])
+kinds = pytest.mark.parametrize("kind", [*KINDS, "dct", "shared", None])
 
 
 def skip_nothing(kind, window, sinks):
@@ -129,7 +129,8 @@ def test_low_precision_law(dtype, kind, window, sinks, decay, device):
 
 @pytest.mark.parametrize("window,sinks", [(0, 0), (0, 2), (2, 0), (2, 1)])
 @pytest.mark.parametrize(
-    "kind,decay", [("exp", None), ("exp", "head"), *((kind, "token") for kind in (*KINDS, "dct"))]
+    "kind,decay",
+    [("exp", None), ("exp", "head"), *((kind, "token") for kind in (*KINDS, "dct", "shared"))],
 )
 def test_gradcheck(kind, decay, window, sinks):
     case = make_case(kind, decay, batch=1, seqlen=7, window=window, sinks=sinks).require_grad()

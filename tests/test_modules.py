@@ -79,7 +79,8 @@ def test_closed_gate_is_window_and_sinks_alone():
 def test_shared_features_and_groups():
     kernel = AttentionKernel(DiJiangConfig.paper(), heads=4, kv_heads=2, headdim=8)
     fq, fk = kernel.feature_params()
-    assert torch.equal(fq.omega, fk.omega.repeat_interleave(2, 0))
+    assert fq.omega is fk.omega  # read once: a row serves its kv head's query heads
+    assert torch.equal(fq.log_weight, fk.log_weight.repeat_interleave(2, 0))
     assert kernel.features_q is None
     apart = AttentionKernel(DiJiangConfig(share_qk=False), heads=4, kv_heads=2, headdim=8)
     assert apart.features_q.heads == 4 and apart.features_k.heads == 2

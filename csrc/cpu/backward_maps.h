@@ -25,7 +25,10 @@ class BackwardMaps {
     if (head == head_) return;
     head_ = head;
     keys.set(p_.fk, head, p_.scale);
-    for (int64_t g = 0; g < groups_; ++g) queries_[g].set(p_.fq, head * groups_ + g, p_.scale);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const Features<Acc>* before = g > 0 ? &queries_[g - 1] : nullptr;
+      queries_[g].set(p_.fq, head * groups_ + g, p_.scale, true, before);
+    }
   }
   const Features<Acc>& query(int64_t g) const { return queries_[g]; }
 

@@ -17,51 +17,6 @@ DIJIANG_INLINE Vec<double> load_halves(const double* lower, const double* upper)
 }
 #endif
 
-// --- squares of kLanes vectors ------------------------------------------------------------------
-// a_0 b_0 a_1 b_1 ... from the lower or the upper halves of each 16 bytes of a and b, which is one
-// instruction on x86.
-template <bool kUpper, typename T, size_t... kLane>
-DIJIANG_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
-  constexpr size_t L = kLanes<T>, K = 16 / sizeof(T);
-  return __builtin_shufflevector(
-      a, b, (kLane / K * K + (kUpper ? K / 2 : 0) + kLane % K / 2 + (kLane % 2 ? L : 0))...);
-}
-
-// Transposes the squares of 16 bytes' width inside kLanes vectors by rounds of perfect shuffles.
-template <typename T>
-DIJIANG_INLINE void turn_blocks(Vec<T> (&v)[kLanes<T>]) {
-  constexpr int L = kLanes<T>, K = 16 / sizeof(T);
-  const auto lanes = std::make_index_sequence<L>();
-#pragma GCC unroll 2
-  for (int round = 1; round < K; round *= 2) {
-    Vec<T> w[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i += 2) {
-      const int from = i / K * K + i % K / 2;
-      w[i] = interleave<false, T>(v[from], v[from + K / 2], lanes);
-      w[i + 1] = interleave<true, T>(v[from], v[from + K / 2], lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) v[i] = w[i];
-  }
-}
-
-// Transposes kLanes vectors: blocks of 16 bytes first, then what is in each.
-template <typename T, int kBlock = kLanes<T> / 2>
-DIJIANG_INLINE void turn_square(Vec<T> (&v)[kLanes<T>]) {
-  if constexpr (kBlock * sizeof(T) >= 16) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) {
-      if ((i & kBlock) == 0) {
-        swap_blocks<kBlock, T>(v[i], v[i + kBlock], std::make_index_sequence<kLanes<T>>());
-      }
-    }
-    turn_square<T, kBlock / 2>(v);
-  } else {
-    turn_blocks<T>(v);
-  }
-}
-
 // What the processor and the memory hand each other.
 inline constexpr int64_t kLineBytes = 64;
 
@@ -109,7 +64,7 @@ DIJIANG_INLINE void load_square(const T* const (&row)[kLanes<AccOf<T>>], int64_t
 #endif
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) square[lane] = load_wide<T>(row[lane] + j);
-  turn_square<Acc>(square);
+  transpose<Acc>(square);
 }
 
 // --- tiles --------------------------------------------------------------------------------------
@@ -145,7 +100,7 @@ DIJIANG_INLINE void store_square(const Vec<AccOf<T>>* tile, T* out, int64_t n) {
   Vec<Acc> square[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) square[i] = tile[i];
-  turn_square<Acc>(square);
+  transpose<Acc>(square);
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) {
     const auto v = narrow<T>(square[lane]);
@@ -187,7 +142,7 @@ DIJIANG_INLINE void stream_turned(const Vec<AccOf<T>>* tile, int64_t n, Prefetch
       Vec<AccOf<T>> square[L];
 #pragma GCC unroll 16
       for (int j = 0; j < L; ++j) square[j] = tile[k + i * L + j];
-      turn_square<AccOf<T>>(square);
+      transpose<AccOf<T>>(square);
 #pragma GCC unroll 16
       for (int lane = 0; lane < L; ++lane) piece[lane][i] = narrow<T>(square[lane]);
     }

@@ -114,28 +114,38 @@ class Features {
     if (kind_ == FeatureKind::kGiven || m_ == 0) return;
     bias_ = scratch.take<Acc>(mp_);
     if (dct_) return transform_.allocate(scratch, m_, d_);
-    weight_ = scratch.take<Acc>(dp_ * mp_);
-    if (with_backward) rows_ = scratch.take<Acc>(mp_ * dp_);
+    own_weight_ = scratch.take<Acc>(dp_ * mp_);
+    if (with_backward) own_rows_ = scratch.take<Acc>(mp_ * dp_);
   }
 
-  // Packing omega pays for itself over a tile of rows, not over one.
-  void set(const FeatureParams& params, int64_t head, double scale, bool pack = true) {
+  // Packing omega pays for itself over a tile of rows, not over one. `before`, if given, is set for
+  // the head before: where that has the same row of omega, it is packed already.
+  void set(const FeatureParams& params, int64_t head, double scale, bool pack = true,
+           const Features* before = nullptr) {
     scale_ = static_cast<Acc>(scale);
     if (bias_ == nullptr) return;
-    omega_ = static_cast<const Acc*>(params.omega) + head * m_ * (dct_ ? 1 : d_);
+    omega_ = static_cast<const Acc*>(params.omega) + head / params.group * m_ * (dct_ ? 1 : d_);
     const double unit = kind_ == FeatureKind::kElu ? 1.0 : kLog2E;
     const Acc root = static_cast<Acc>(std::sqrt(scale));
     factor_ = static_cast<Acc>(std::sqrt(scale) * unit);
     packed_ = pack;
-    paired_ = (pack || dct_) && kind_ == FeatureKind::kExp && is_paired();
-    if (dct_) {
-      transform_.set(omega_, m_);
-    } else if (pack) {
-      turn(omega_, d_, m_, d_, weight_, mp_, mp_);
-      for (int64_t i = 0; i < d_ * mp_; ++i) weight_[i] *= factor_;
-    }
-    for (int64_t i = 0; rows_ != nullptr && i < m_; ++i) {
-      for (int64_t j = 0; j < d_; ++j) rows_[i * dp_ + j] = omega_[i * d_ + j] * root;
+    if (before != nullptr && before->omega_ == omega_ && !dct_) {
+      paired_ = before->paired_;
+      weight_ = before->weight_;
+      rows_ = before->rows_;
+    } else {
+      paired_ = (pack || dct_) && kind_ == FeatureKind::kExp && is_paired();
+      weight_ = own_weight_;
+      rows_ = own_rows_;
+      if (dct_) {
+        transform_.set(omega_, m_);
+      } else if (pack) {
+        turn(omega_, d_, m_, d_, own_weight_, mp_, mp_);
+        for (int64_t i = 0; i < d_ * mp_; ++i) own_weight_[i] *= factor_;
+      }
+      for (int64_t i = 0; own_rows_ != nullptr && i < m_; ++i) {
+        for (int64_t j = 0; j < d_; ++j) own_rows_[i * dp_ + j] = omega_[i * d_ + j] * root;
+      }
     }
     const Acc* log_weight = static_cast<const Acc*>(params.log_weight);
     for (int64_t i = 0; i < m_; ++i) {
@@ -301,9 +311,12 @@ class Features {
   Acc factor_ = 1;
   bool dct_ = false, packed_ = true, paired_ = false;
   DctFeatures<Acc> transform_;
-  Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for kElu
-  Acc* bias_ = nullptr;    // (padded m): log_weight log2 e
-  Acc* rows_ = nullptr;    // (padded m, padded d), for the backward: omega sqrt(scale)
+  Acc* bias_ = nullptr;  // (padded m): log_weight log2 e
+  // Own memory, and what is used: another head's where it has the same omega.
+  Acc *own_weight_ = nullptr, *own_rows_ = nullptr;
+  const Acc* weight_ = nullptr;  // (padded d, padded m): omega^T sqrt(scale), times log2 e but for
+                                 // kElu
+  const Acc* rows_ = nullptr;    // (padded m, padded d), for the backward: omega sqrt(scale)
   Acc scale_ = 1;
   Acc norm_factor_ = 0;  // beta scale log2 e
 };

@@ -43,40 +43,44 @@ BackwardCounts counts_of(const std::vector<BackwardPiece>& pieces) {
   return counts;
 }
 
-// Adds the rows that pieces left to one gradient of feature parameters, a head at a time.
+// Adds the rows that pieces left to the gradients of feature parameters.
 template <typename Acc>
 class ParameterSums {
  public:
-  ParameterSums(const LinearAttentionParams& p, bool dct, const FeatureGrads& grads, int64_t heads)
-      : md_(p.num_features * (dct ? 1 : p.headdim)),
+  ParameterSums(const LinearAttentionParams& p, const FeatureParams& params,
+                const FeatureGrads& grads, int64_t heads)
+      : md_(p.num_features * (params.dct ? 1 : p.headdim)),
         m_(p.num_features),
+        group_(params.group),
         grads_(grads),
-        heads_(heads) {
-    sums_.resize(heads * (md_ + m_ + 1));
-  }
+        omega_(heads / group_ * md_),
+        weight_(heads * m_),
+        beta_(heads) {}
+
+  // A row: omega, log_weight, beta.
   void add(int64_t head, const double* row) {
-    double* sum = sums_.data() + head * (md_ + m_ + 1);
-    for (int64_t i = 0; i < md_ + m_ + 1; ++i) sum[i] += row[i];
+    double* omega = omega_.data() + head / group_ * md_;
+    double* weight = weight_.data() + head * m_;
+    for (int64_t i = 0; i < md_; ++i) omega[i] += row[i];
+    for (int64_t i = 0; i < m_; ++i) weight[i] += row[md_ + i];
+    beta_[head] += row[md_ + m_];
   }
   void write() const {
-    write(grads_.omega, 0, md_);
-    write(grads_.log_weight, md_, m_);
-    write(grads_.beta, md_ + m_, 1);
+    write(grads_.omega, omega_);
+    write(grads_.log_weight, weight_);
+    write(grads_.beta, beta_);
   }
 
  private:
-  void write(void* target, int64_t first, int64_t size) const {
-    for (int64_t head = 0; target != nullptr && head < heads_; ++head) {
-      const double* sum = sums_.data() + head * (md_ + m_ + 1) + first;
-      Acc* out = static_cast<Acc*>(target) + head * size;
-      for (int64_t i = 0; i < size; ++i) out[i] = static_cast<Acc>(sum[i]);
+  static void write(void* target, const std::vector<double>& sums) {
+    for (size_t i = 0; target != nullptr && i < sums.size(); ++i) {
+      static_cast<Acc*>(target)[i] = static_cast<Acc>(sums[i]);
     }
   }
 
-  const int64_t md_, m_;
+  const int64_t md_, m_, group_;
   const FeatureGrads grads_;
-  const int64_t heads_;
-  std::vector<double> sums_;
+  std::vector<double> omega_, weight_, beta_;
 };
 
 template <typename Acc>
@@ -86,8 +90,8 @@ void finish_parameters(const LinearAttentionBackwardParams& params,
   const LinearAttentionParams& p = params.forward;
   if (workspace.row_size() == 0) return;
   const int64_t groups = workspace.groups();
-  ParameterSums<Acc> queries(p, p.fq.dct, params.grad_fq, p.num_heads);
-  ParameterSums<Acc> keys(p, p.fk.dct, params.grad_fk, p.num_kv_heads);
+  ParameterSums<Acc> queries(p, p.fq, params.grad_fq, p.num_heads);
+  ParameterSums<Acc> keys(p, p.fk, params.grad_fk, p.num_kv_heads);
   for (const BackwardPiece& piece : pieces) {
     const int64_t head = piece.task % p.num_kv_heads;
     if (piece.half == BackwardHalf::kKeys) {

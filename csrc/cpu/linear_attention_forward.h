@@ -79,7 +79,10 @@ class LinearAttentionForward {
   void run(const AttentionPiece& piece, const AttentionState& initial,
            const AttentionState& final) {
     walk_.begin(piece, initial);
-    for (int64_t g = 0; g < walk_.groups; ++g) fq_maps_[g].set(p_.fq, query_head(g), p_.scale);
+    for (int64_t g = 0; g < walk_.groups; ++g) {
+      const Features<Acc>* before = g > 0 ? &fq_maps_[g - 1] : nullptr;
+      fq_maps_[g].set(p_.fq, query_head(g), p_.scale, true, before);
+    }
     while (walk_.next()) {
       if (!walk_.wanted()) continue;
       values_finite_ = all_finite(walk_.tile_values, walk_.rows * walk_.vp);

@@ -45,32 +45,56 @@ DIJIANG_INLINE Vec<T> broadcast(T x) {
 template <int kBlock, typename T, size_t... kLane>
 DIJIANG_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::index_sequence<kLane...>) {
   constexpr int L = kLanes<T>;
-#if defined(__clang__)
   const Vec<T> upper =
       __builtin_shufflevector(a, b, (kLane & kBlock ? L + kLane - kBlock : kLane)...);
   const Vec<T> lower =
       __builtin_shufflevector(a, b, (kLane & kBlock ? L + kLane : kLane + kBlock)...);
-#else
-  using Lanes = typename VecOf<T>::bits;
-  const Vec<T> upper =
-      __builtin_shuffle(a, b, Lanes{(kLane & kBlock ? L + kLane - kBlock : kLane)...});
-  const Vec<T> lower =
-      __builtin_shuffle(a, b, Lanes{(kLane & kBlock ? L + kLane : kLane + kBlock)...});
-#endif
   a = upper;
   b = lower;
 }
 
-// Turns a square of lanes about its diagonal, by blocks of half, a quarter, ... of its side.
-template <typename T, int kBlock = kLanes<T> / 2>
-DIJIANG_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+// a_0 b_0 a_1 b_1 ... from the lower or the upper halves of each 16 bytes of a and b, which is one
+// instruction on x86.
+template <bool kUpper, typename T, size_t... kLane>
+DIJIANG_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
+  constexpr size_t L = kLanes<T>, K = 16 / sizeof(T);
+  return __builtin_shufflevector(
+      a, b, (kLane / K * K + (kUpper ? K / 2 : 0) + kLane % K / 2 + (kLane % 2 ? L : 0))...);
+}
+
+// Transposes the squares of 16 bytes' width inside kLanes vectors by rounds of perfect shuffles.
+template <typename T>
+DIJIANG_INLINE void turn_blocks(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int L = kLanes<T>, K = 16 / sizeof(T);
+  const auto lanes = std::make_index_sequence<L>();
+#pragma GCC unroll 2
+  for (int round = 1; round < K; round *= 2) {
+    Vec<T> w[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) {
-    if ((i & kBlock) == 0) {
-      swap_blocks<kBlock, T>(rows[i], rows[i + kBlock], std::make_index_sequence<kLanes<T>>{});
+    for (int i = 0; i < L; i += 2) {
+      const int from = i / K * K + i % K / 2;
+      w[i] = interleave<false, T>(v[from], v[from + K / 2], lanes);
+      w[i + 1] = interleave<true, T>(v[from], v[from + K / 2], lanes);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) v[i] = w[i];
   }
-  if constexpr (kBlock > 1) transpose<T, kBlock / 2>(rows);
+}
+
+// Turns a square of lanes about its diagonal: blocks of 16 bytes first, then what is in each.
+template <typename T, int kBlock = kLanes<T> / 2>
+DIJIANG_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
+  if constexpr (kBlock * sizeof(T) >= 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kBlock) == 0) {
+        swap_blocks<kBlock, T>(v[i], v[i + kBlock], std::make_index_sequence<kLanes<T>>());
+      }
+    }
+    transpose<T, kBlock / 2>(v);
+  } else {
+    turn_blocks<T>(v);
+  }
 }
 
 // max and min keep a: a NaN in b is passed over, a NaN in a stays. That is what the instructions
@@ -115,12 +139,7 @@ DIJIANG_INLINE V min(V a, V b) {
 // Lane i gets lane i + kBy.
 template <int kBy, typename T, size_t... kLane>
 DIJIANG_INLINE Vec<T> rotate_lanes(Vec<T> x, std::index_sequence<kLane...>) {
-  constexpr int L = kLanes<T>;
-#if defined(__clang__)
-  return __builtin_shufflevector(x, x, ((kLane + kBy) % L)...);
-#else
-  return __builtin_shuffle(x, typename VecOf<T>::bits{((kLane + kBy) % L)...});
-#endif
+  return __builtin_shufflevector(x, x, ((kLane + kBy) % kLanes<T>)...);
 }
 // Over all lanes, by halves, quarters, ...
 template <typename T, int kHalf = kLanes<T> / 2>

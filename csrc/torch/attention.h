@@ -208,7 +208,7 @@ inline FeatureGradTensors new_feature_grads(const FeatureTensors& f, const Tenso
   const auto one = [&](const OptionalTensor& t, const Shape& shape) {
     return t && wanted ? new_tensor(like, shape, acc, true) : no_tensor(like, acc);
   };
-  const Shape omega = f.omega ? omega_shape(*f.omega, heads, m, d) : Shape{};
+  const Shape omega = f.omega ? omega_shape(*f.omega, m, d) : Shape{};
   return {one(f.omega, omega), one(f.log_weight, {heads, m}), one(f.beta, {heads})};
 }
 

@@ -12,7 +12,7 @@
 namespace dijiang::binding {
 
 struct CpuBackend {
-  static constexpr bool kTakesDct = true;
+  static constexpr bool kShortOmega = true;
 
   static void dct(const DctParams& p, const Tensor&) {
     const int64_t rows = p.batch * p.heads * p.seqlen;

@@ -8,11 +8,10 @@
 
 namespace dijiang::binding {
 
-// A matrix a head, or the frequencies of rows of the DCT.
-inline Shape omega_shape(const Tensor& omega, int64_t heads, int64_t num_features,
-                         int64_t headdim) {
-  if (omega.dim() == 2) return {heads, num_features};
-  return {heads, num_features, headdim};
+// A matrix, or the frequencies of rows of the DCT, for each head or for each group of heads.
+inline Shape omega_shape(const Tensor& omega, int64_t num_features, int64_t headdim) {
+  if (omega.dim() == 2) return {omega.size(0), num_features};
+  return {omega.size(0), num_features, headdim};
 }
 
 // Rows of parameters, one a head; omega present means num_features = omega.size(1).
@@ -22,9 +21,13 @@ inline FeatureParams feature_params(const OptionalTensor& omega, const OptionalT
   const ScalarType acc = acc_type(like);
   FeatureParams p;
   if (omega) {
-    p.omega = contiguous_data(omega, "omega", like, acc,
-                              omega_shape(*omega, heads, num_features, headdim));
+    const int64_t rows = omega->size(0);
+    check(rows == heads || (rows > 0 && heads % rows == 0), "the rows of omega (", rows,
+          ") must divide the heads (", heads, ")");
+    p.omega =
+        contiguous_data(omega, "omega", like, acc, omega_shape(*omega, num_features, headdim));
     p.dct = omega->dim() == 2;
+    p.group = rows > 0 ? heads / rows : 1;
   }
   p.log_weight = contiguous_data(log_weight, "log_weight", like, acc, {heads, num_features});
   p.beta = contiguous_data(beta, "beta", like, acc, {heads});
@@ -33,9 +36,11 @@ inline FeatureParams feature_params(const OptionalTensor& omega, const OptionalT
 
 template <class Backend>
 void check_omega(const FeatureParams& f, FeatureKind kind) {
-  check(!f.dct || (Backend::kTakesDct && kind == FeatureKind::kExp),
+  check(!f.dct || (Backend::kShortOmega && kind == FeatureKind::kExp),
         "omega must have three dimensions (heads, features, headdim), but for kind exp on the CPU; "
         "got two");
+  check(f.group == 1 || Backend::kShortOmega,
+        "omega must have a row for every head on this device");
 }
 
 inline FeatureKind feature_kind(int64_t kind) {
@@ -71,6 +76,7 @@ Tensor feature_map_fwd(const Tensor& x, const Tensor& omega, const OptionalTenso
                        const OptionalTensor& beta, int64_t kind, double scale, bool log) {
   FeatureMapParams p = feature_map_params(x, omega, log_weight, beta, kind, scale, log);
   check_omega<Backend>(p.feature, p.kind);
+  check(p.feature.group == 1, "feature_map: omega must have a row for every head");
   Tensor out = new_tensor(x, {p.batch, p.num_heads, p.seqlen, p.num_features}, x.scalar_type());
   p.out = data_of(out);
   if (p.out) Backend::feature_map_forward(p, x);
@@ -87,6 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feature_map_bwd(const Tensor& grad_ou
   p.forward = feature_map_params(x, omega, log_weight, beta, kind, scale, log);
   const FeatureMapParams& f = p.forward;
   check_omega<Backend>(f.feature, f.kind);
+  check(f.feature.group == 1, "feature_map: omega must have a row for every head");
   const Shape out_shape{f.batch, f.num_heads, f.seqlen, f.num_features};
   p.forward.out = mutable_contiguous_data(out, "out", x, x.scalar_type(), out_shape);
   p.grad_out = view4(grad_out, "grad_out", x, out_shape);
@@ -95,8 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feature_map_bwd(const Tensor& grad_ou
   const bool empty = p.forward.out == nullptr;  // then all sums are over nothing
   Tensor grad_x =
       new_tensor(x, {f.batch, f.num_heads, f.seqlen, f.headdim}, x.scalar_type(), empty);
-  Tensor grad_omega =
-      new_tensor(x, omega_shape(omega, f.num_heads, f.num_features, f.headdim), acc, empty);
+  Tensor grad_omega = new_tensor(x, omega_shape(omega, f.num_features, f.headdim), acc, empty);
   Tensor grad_log_weight =
       log_weight ? new_tensor(x, {f.num_heads, f.num_features}, acc, empty) : no_tensor(x, acc);
   Tensor grad_beta = beta ? new_tensor(x, {f.num_heads}, acc, empty) : no_tensor(x, acc);

@@ -20,7 +20,9 @@ class FeatureParams(NamedTuple):
     - ``"elu"``: log phi_i = log(1 + elu(u_i)) + log_weight_i
 
     A matrix omega made of rows of the DCT can be given by its frequencies t alone, (heads,
-    num_features): u_i = t_i (C x)_{i mod headdim}. The CPU then transforms in O(d log d).
+    num_features): u_i = t_i (C x)_{i mod headdim}. The CPU then transforms in O(d log d). Given to
+    an attention, omega can have fewer rows than there are heads, a divisor of them: neighbouring
+    heads share one, as the query heads of a kv head do, and the CPU reads it once.
     """
 
     omega: Tensor  # (heads, num_features, headdim), or (heads, num_features): rows t_i C_i

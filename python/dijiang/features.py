@@ -138,7 +138,8 @@ class FeatureMap(nn.Module):
         return torch.cat([rows, -rows], 1) if self.paired else rows
 
     def params(self, repeats: int = 1, dtype: torch.dtype = torch.float32) -> FeatureParams:
-        """What the operators take; each head's row `repeats` times (query heads of a kv head)."""
+        """What the operators take; each head's row serves `repeats` heads in a row (the query heads
+        of a kv head)."""
         log_weight, beta = self.log_weight, self.beta
         if self._transforms and self.frequencies.device.type == "cpu":
             t = self.frequencies
@@ -154,7 +155,10 @@ class FeatureMap(nn.Module):
                 log_weight = log_weight + shift
         parts = [None if x is None else x.to(dtype) for x in (omega, log_weight, beta)]
         if repeats > 1:
-            parts = [None if x is None else x.repeat_interleave(repeats, 0) for x in parts]
+            # The CPU reads one omega for all heads that share it.
+            shared = [parts.pop(0)] if omega.device.type == "cpu" else []
+            repeated = [None if x is None else x.repeat_interleave(repeats, 0) for x in parts]
+            parts = shared + repeated
         return FeatureParams(*parts, self.kind)
 
     def repeated(self, repeats: int) -> FeatureMap:

@@ -105,6 +105,8 @@ class AttentionKernel(nn.Module):
         fk = self.features_k.params(dtype=dtype)
         if self.features_q is None:
             fq = self.features_k.params(self.groups, dtype)
+            if fq.omega.shape == fk.omega.shape:
+                fq = fq._replace(omega=fk.omega)
         else:
             fq = self.features_q.params(dtype=dtype)
         if self.gate is not None:

@@ -38,8 +38,10 @@ def dct_matrix(n: int, dtype=torch.float64, device=None) -> Tensor:
     return matrix.to(dtype)
 
 
-def omega_matrix(omega: Tensor, headdim: int) -> Tensor:
-    """FeatureParams.omega as the matrix (heads, m, headdim), where it may be its frequencies."""
+def omega_matrix(omega: Tensor, headdim: int, heads: int) -> Tensor:
+    """FeatureParams.omega as a matrix for each head, (heads, m, headdim)."""
+    if omega.shape[0] and omega.shape[0] != heads:
+        omega = omega.repeat_interleave(heads // omega.shape[0], 0)
     if omega.dim() == 3:
         return omega
     rows = torch.arange(omega.shape[1], device=omega.device) % headdim
@@ -58,7 +60,7 @@ def log_features(x: Tensor, params: FeatureParams, scale: float = 1.0) -> Tensor
         None if p is None else p.to(x.dtype) for p in (params.omega, params.log_weight, params.beta)
     )
     x = x * math.sqrt(scale)
-    u = x @ omega_matrix(omega, x.shape[-1]).mT
+    u = x @ omega_matrix(omega, x.shape[-1], x.shape[-3]).mT
     if params.kind == "exp":
         log_phi = u if beta is None else u - beta[:, None, None] * (x * x).sum(-1, keepdim=True)
     elif params.kind == "softmax":

@@ -14,7 +14,7 @@
 namespace dijiang::binding {
 
 struct CudaBackend {
-  static constexpr bool kTakesDct = false;  // the tensor cores multiply by the matrix
+  static constexpr bool kShortOmega = false;  // tensor cores multiply by a matrix for every head
 
   static void dct(const DctParams& p, const Tensor& like) {
     const Device device(like);

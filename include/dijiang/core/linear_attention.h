@@ -24,9 +24,11 @@ struct FeatureParams {
   const void* omega = nullptr;       // Acc (heads, num_features, headdim)
   const void* log_weight = nullptr;  // Acc (heads, num_features); null: 0
   const void* beta = nullptr;        // Acc (heads); null: 0
-  // omega is Acc (heads, num_features), and row i of the matrix omega_i times row i mod headdim of
-  // the orthonormal DCT-II matrix. The CPU transforms; other backends take the matrix itself.
+  // The CPU's alone; other backends take a matrix for every head.
+  // dct: omega is Acc (heads, num_features), and row i of the matrix omega_i times row i mod
+  // headdim of the orthonormal DCT-II matrix. group: head h reads row h / group of omega.
   bool dct = false;
+  int64_t group = 1;
 };
 
 struct FeatureGrads {

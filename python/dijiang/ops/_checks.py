@@ -186,8 +186,11 @@ def check_params(
     if params.beta is not None and params.kind != "exp":
         raise ValueError(f"{op}: {name}.beta belongs to kind 'exp', got kind {params.kind!r}")
     omega, log_weight, beta = params.omega, params.log_weight, params.beta
+    rows = heads
+    if op != "feature_map" and isinstance(omega, Tensor) and omega.dim() and omega.shape[0]:
+        rows = omega.shape[0] if heads % omega.shape[0] == 0 else heads  # one for several heads
     if isinstance(omega, Tensor) and omega.dim() == 2:
-        check_like(op, f"{name}.omega", omega, (heads, "m"), "(heads, features)", like, omega.dtype)
+        check_like(op, f"{name}.omega", omega, (rows, "m"), "(heads, features)", like, omega.dtype)
         if params.kind != "exp":
             raise ValueError(
                 f"{op}: frequencies in place of the matrix {name}.omega belong to kind 'exp', got "
@@ -195,11 +198,11 @@ def check_params(
             )
         if not headdim:
             raise ValueError(f"{op}: frequencies in place of {name}.omega need a headdim above 0")
-        if like.device.type != "cpu":
-            omega = omega_matrix(omega, headdim)  # for the tensor cores
     else:
-        check_like(op, f"{name}.omega", omega, (heads, "m", headdim),
+        check_like(op, f"{name}.omega", omega, (rows, "m", headdim),
                    "(heads, features, headdim)", like, omega.dtype)  # fmt: skip
+    if like.device.type != "cpu":
+        omega = omega_matrix(omega, headdim, heads)  # tensor cores take one for every head
     if log_weight is not None:
         check_like(op, f"{name}.log_weight", log_weight, (heads, omega.shape[1]),
                    "(heads, features)", like, log_weight.dtype)  # fmt: skip
