@@ -19,7 +19,8 @@ def dct(x: Tensor, type: int = 2) -> Tensor:
         type: 2 or 3.
 
     Returns:
-        (..., n), the dtype of x, contiguous. Differentiable any number of times.
+        (..., n), the dtype of x, contiguous. Differentiable any number of times. Sums form before
+        they are scaled: elements beyond the largest number / n may overflow.
 
     Raises:
         TypeError, ValueError: a wrong dtype or type; RuntimeError: no kernel for the device.
