@@ -30,13 +30,9 @@ class DctFeatures {
     for (int64_t r = 0; r < rows; r += L) {
       const int64_t n = rows - r < L ? rows - r : L;
       for (int64_t j = 0; j < d_; j += L) {
-        Vec<Acc> square[L];
-#pragma GCC unroll 16
-        for (int64_t l = 0; l < L; ++l) {
-          square[l] = l < n ? load(x + (r + l) * x_stride + j) : Vec<Acc>{};
-        }
-        transpose<Acc>(square);
-        for (int64_t l = 0; l < L && j + l < d_; ++l) lanes_[j + l] = square[l];
+        Vec<Acc> columns[L];
+        load_columns(x + r * x_stride + j, x_stride, n, columns);
+        for (int64_t l = 0; l < L && j + l < d_; ++l) lanes_[j + l] = columns[l];
       }
       const Vec<Acc>* y = dct_lanes(*plan_, 2, lanes_);
       if (transformed) {
@@ -47,14 +43,16 @@ class DctFeatures {
         }
       }
       // In ascending order: a block that ends inside a vector is followed by the next one.
-      for (int64_t i = 0; i < count; i += L - (i % d_ + L > d_ ? i % d_ + L - d_ : 0)) {
-        const int64_t k = i % d_;
-        store_columns(
-            n, out_stride - i,
-            [&](int64_t l) {
-              return k + l < d_ ? y[k + l] * broadcast(t_[i + l] * factor) : Vec<Acc>{};
-            },
-            out + r * out_stride + i, out_stride);
+      for (int64_t block = 0; block < count; block += d_) {
+        const Acc* t = t_ + block;
+        for (int64_t k = 0; k < d_ && block + k < count; k += L) {
+          store_columns(
+              n, out_stride - block - k,
+              [&](int64_t l) {
+                return k + l < d_ ? y[k + l] * broadcast(t[k + l] * factor) : Vec<Acc>{};
+              },
+              out + r * out_stride + block + k, out_stride);
+        }
       }
     }
   }
@@ -68,15 +66,11 @@ class DctFeatures {
       for (int64_t block = 0; block < count; block += d_) {
         const int64_t size = count - block < d_ ? count - block : d_;
         for (int64_t k = 0; k < size; k += L) {
-          Vec<Acc> square[L];
-#pragma GCC unroll 16
-          for (int64_t l = 0; l < L; ++l) {
-            square[l] = l < n ? load(du + (r + l) * du_stride + block + k) : Vec<Acc>{};
-          }
-          transpose<Acc>(square);
+          Vec<Acc> columns[L];
+          load_columns(du + r * du_stride + block + k, du_stride, n, columns);
           for (int64_t l = 0; l < L && k + l < size; ++l) {
             const Vec<Acc> t = broadcast(t_[block + k + l] * factor);
-            lanes_[k + l] = multiply_add(t, square[l], lanes_[k + l]);
+            lanes_[k + l] = multiply_add(t, columns[l], lanes_[k + l]);
           }
         }
       }

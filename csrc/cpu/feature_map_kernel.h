@@ -62,15 +62,6 @@ void feature_map_forward_tasks(const FeatureMapParams& p, int64_t begin, int64_t
   }
 }
 
-// What one task adds to the gradients of its head's parameters, in double: omega (m, d) or, of a
-// DCT, (m); log_weight (m); beta.
-inline int64_t feature_grads_size(const FeatureMapParams& p) {
-  return p.num_features * ((p.feature.dct ? 1 : p.headdim) + 1) + 1;
-}
-inline double* feature_grads_of(const FeatureMapBackwardParams& params, int64_t task) {
-  return static_cast<double*>(params.workspace) + task * feature_grads_size(params.forward);
-}
-
 template <typename Acc>
 class FeatureMapBackward {
  public:
@@ -92,7 +83,7 @@ class FeatureMapBackward {
     const int64_t batch = task / p_.num_heads, head = task % p_.num_heads;
     const int64_t m = p_.num_features, d = p_.headdim;
     features_.set(p_.feature, head, p_.scale);
-    sums_.begin(feature_grads_of(params_, task), params_.grad);
+    sums_.begin(feature_map_grads(params_, task), params_.grad);
     for (int64_t t = 0; t < p_.seqlen; t += kFeatureRows) {
       const int64_t rows = p_.seqlen - t < kFeatureRows ? p_.seqlen - t : kFeatureRows;
       load_tile(p_.dtype, p_.x, batch, head, t, rows, d, x_, dp_);
@@ -139,35 +130,9 @@ void feature_map_backward_tasks(const FeatureMapBackwardParams& params, int64_t 
   for (int64_t task = begin; task < end; ++task) backward.run(task);
 }
 
-template <typename Acc>
-void feature_map_backward_sum(const FeatureMapBackwardParams& params) {
-  const FeatureMapParams& p = params.forward;
-  const int64_t m = p.num_features, md = p.feature.dct ? m : m * p.headdim;
-  const auto sum = [&](void* target, int64_t head, int64_t first, int64_t count) {
-    if (target == nullptr) return;
-    for (int64_t i = 0; i < count; ++i) {
-      double total = 0;
-      for (int64_t batch = 0; batch < p.batch; ++batch) {
-        total += feature_grads_of(params, batch * p.num_heads + head)[first + i];
-      }
-      static_cast<Acc*>(target)[head * count + i] = static_cast<Acc>(total);
-    }
-  };
-  for (int64_t head = 0; head < p.num_heads; ++head) {
-    sum(params.grad.omega, head, 0, md);
-    sum(params.grad.log_weight, head, md, m);
-    sum(params.grad.beta, head, md + m, 1);
-  }
-}
-
 void feature_map_forward(const FeatureMapParams& params, int64_t begin, int64_t end) {
   if (params.dtype == DType::kFloat64) return feature_map_forward_tasks<double>(params, begin, end);
   feature_map_forward_tasks<float>(params, begin, end);
-}
-
-size_t feature_map_backward_workspace(const FeatureMapBackwardParams& params) {
-  const FeatureMapParams& p = params.forward;
-  return p.batch * p.num_heads * feature_grads_size(p) * sizeof(double);
 }
 
 void feature_map_backward(const FeatureMapBackwardParams& params, int64_t begin, int64_t end) {
@@ -175,11 +140,6 @@ void feature_map_backward(const FeatureMapBackwardParams& params, int64_t begin,
     return feature_map_backward_tasks<double>(params, begin, end);
   }
   feature_map_backward_tasks<float>(params, begin, end);
-}
-
-void feature_map_backward_finish(const FeatureMapBackwardParams& params) {
-  if (params.forward.dtype == DType::kFloat64) return feature_map_backward_sum<double>(params);
-  feature_map_backward_sum<float>(params);
 }
 
 }  // namespace dijiang::cpu::DIJIANG_ISA

@@ -48,10 +48,11 @@ DIJIANG_INLINE void dispatch_given(FeatureKind kind, Body&& body) {
   return body(std::false_type{});
 }
 
-// Gradients of one head's parameters on their way to the workspace: a few tiles in Acc, the whole
-// sequence in double.
+// Rows whose gradients of parameters are summed in Acc before they are in double.
 inline constexpr int64_t kPendingRows = 4 * kTile;
 
+// Gradients of one head's parameters on their way to the workspace: a few tiles in Acc, the whole
+// sequence in double.
 template <typename Acc>
 struct FeatureSums {
   int64_t m = 0, d = 0, mp = 0, dp = 0;  // d, dp: 1 for the frequencies of a DCT
@@ -60,7 +61,7 @@ struct FeatureSums {
   double beta = 0;
   bool wanted = false, want_omega = false, want_beta = false;
   int64_t pending = 0;       // rows in omega and weight
-  double* target = nullptr;  // omega (m, d), weight (m), beta
+  double* target = nullptr;  // see parameter_rows.h
 
   void allocate(Scratch& scratch, FeatureKind kind, int64_t num_features, int64_t headdim,
                 bool dct) {

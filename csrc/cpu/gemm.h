@@ -78,6 +78,15 @@ inline void gemm_panel(bool add, int64_t rows, int64_t depth, const T* a, int64_
   }
 }
 
+// kLanes columns of n rows at p, zeros after the last row: columns[l] has number l of each.
+template <typename T>
+DIJIANG_INLINE void load_columns(const T* p, int64_t stride, int64_t n,
+                                 Vec<T> (&columns)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<T>; ++l) columns[l] = l < n ? load(p + l * stride) : Vec<T>{};
+  transpose<T>(columns);
+}
+
 // out (depth x cols, row stride out_stride) = B^T for n <= cols rows of B, zeros after them; cols
 // is a multiple of kLanes.
 template <typename T>
@@ -87,14 +96,10 @@ inline void turn(const T* b, int64_t b_stride, int64_t n, int64_t depth, T* out,
   for (int64_t j = 0; j < cols; j += L) {
     int64_t p = 0;
     for (; p + L <= depth; p += L) {
-      Vec<T> square[L];
+      Vec<T> columns[L];
+      load_columns(b + j * b_stride + p, b_stride, n - j, columns);
 #pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) {
-        square[l] = j + l < n ? load(b + (j + l) * b_stride + p) : Vec<T>{};
-      }
-      transpose<T>(square);
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) store(out + (p + l) * out_stride + j, square[l]);
+      for (int l = 0; l < L; ++l) store(out + (p + l) * out_stride + j, columns[l]);
     }
     for (; p < depth; ++p) {
       for (int64_t l = 0; l < L; ++l) {

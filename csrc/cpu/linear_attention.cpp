@@ -6,6 +6,7 @@
 #include "cpu/cpu_level.h"
 #include "cpu/dtype.h"
 #include "cpu/linear_attention_workspace.h"
+#include "cpu/parameter_rows.h"
 #include "cpu/sequence.h"
 
 #define DIJIANG_DECLARE_KERNELS(isa)                                                           \
@@ -43,46 +44,6 @@ BackwardCounts counts_of(const std::vector<BackwardPiece>& pieces) {
   return counts;
 }
 
-// Adds the rows that pieces left to the gradients of feature parameters.
-template <typename Acc>
-class ParameterSums {
- public:
-  ParameterSums(const LinearAttentionParams& p, const FeatureParams& params,
-                const FeatureGrads& grads, int64_t heads)
-      : md_(p.num_features * (params.dct ? 1 : p.headdim)),
-        m_(p.num_features),
-        group_(params.group),
-        grads_(grads),
-        omega_(heads / group_ * md_),
-        weight_(heads * m_),
-        beta_(heads) {}
-
-  // A row: omega, log_weight, beta.
-  void add(int64_t head, const double* row) {
-    double* omega = omega_.data() + head / group_ * md_;
-    double* weight = weight_.data() + head * m_;
-    for (int64_t i = 0; i < md_; ++i) omega[i] += row[i];
-    for (int64_t i = 0; i < m_; ++i) weight[i] += row[md_ + i];
-    beta_[head] += row[md_ + m_];
-  }
-  void write() const {
-    write(grads_.omega, omega_);
-    write(grads_.log_weight, weight_);
-    write(grads_.beta, beta_);
-  }
-
- private:
-  static void write(void* target, const std::vector<double>& sums) {
-    for (size_t i = 0; target != nullptr && i < sums.size(); ++i) {
-      static_cast<Acc*>(target)[i] = static_cast<Acc>(sums[i]);
-    }
-  }
-
-  const int64_t md_, m_, group_;
-  const FeatureGrads grads_;
-  std::vector<double> omega_, weight_, beta_;
-};
-
 template <typename Acc>
 void finish_parameters(const LinearAttentionBackwardParams& params,
                        const std::vector<BackwardPiece>& pieces,
@@ -90,8 +51,8 @@ void finish_parameters(const LinearAttentionBackwardParams& params,
   const LinearAttentionParams& p = params.forward;
   if (workspace.row_size() == 0) return;
   const int64_t groups = workspace.groups();
-  ParameterSums<Acc> queries(p, p.fq, params.grad_fq, p.num_heads);
-  ParameterSums<Acc> keys(p, p.fk, params.grad_fk, p.num_kv_heads);
+  ParameterSums<Acc> queries(p.fq, params.grad_fq, p.num_heads, p.num_features, p.headdim);
+  ParameterSums<Acc> keys(p.fk, params.grad_fk, p.num_kv_heads, p.num_features, p.headdim);
   for (const BackwardPiece& piece : pieces) {
     const int64_t head = piece.task % p.num_kv_heads;
     if (piece.half == BackwardHalf::kKeys) {
@@ -126,36 +87,39 @@ void finish_decay(const LinearAttentionBackwardParams& params, const BackwardWor
 }
 
 // Gradients of the sinks among the tokens: what the keys' half found, and what queries added.
-template <typename Acc>
 void finish_sinks(const LinearAttentionBackwardParams& params,
                   const std::vector<BackwardPiece>& pieces, const BackwardWorkspace& workspace) {
   const LinearAttentionParams& p = params.forward;
-  for (const BackwardPiece& keys : pieces) {
-    const Sequence tokens(p, keys.task);
-    const int64_t first = tokens.first_position(p), head = keys.task % p.num_kv_heads;
-    const int64_t last = std::min(p.sinks - first, std::min(keys.end, tokens.length()));
-    if (keys.half != BackwardHalf::kKeys) continue;
-    for (int64_t t = keys.begin; t < last; ++t) {
-      const auto finish = [&](void* target, int64_t dim, int64_t offset) {
-        std::vector<double> sum(dim);
-        const auto add = [&](const double* sinks) {
-          for (int64_t j = 0; j < dim; ++j) sum[j] += sinks[offset + (first + t) * dim + j];
-        };
-        add(workspace.key_sinks(keys.slot));
-        for (const BackwardPiece& queries : pieces) {
-          const bool same = queries.half == BackwardHalf::kQueries && queries.task == keys.task;
-          if (same) add(workspace.query_sinks(queries.slot));
-        }
+  const int64_t size = workspace.sinks_size();
+  if (size == 0) return;
+  std::vector<double> added(linear_attention_num_tasks(p) * size);
+  for (const BackwardPiece& piece : pieces) {
+    if (piece.half != BackwardHalf::kQueries) continue;
+    const double* sinks = workspace.query_sinks(piece.slot);
+    for (int64_t i = 0; i < size; ++i) added[piece.task * size + i] += sinks[i];
+  }
+  for (const BackwardPiece& piece : pieces) {
+    if (piece.half != BackwardHalf::kKeys) continue;
+    const Sequence tokens(p, piece.task);
+    const int64_t first = tokens.first_position(p), head = piece.task % p.num_kv_heads;
+    const int64_t last = std::min(p.sinks - first, std::min(piece.end, tokens.length()));
+    const auto write = [&](void* target, int64_t dim, int64_t offset) {
+      for (int64_t t = piece.begin; t < last; ++t) {
+        const int64_t sink = offset + (first + t) * dim;
+        const double* found = workspace.key_sinks(piece.slot) + sink;
+        const double* more = added.data() + piece.task * size + sink;
         const int64_t row = (tokens.batch * p.num_kv_heads + head) * p.seqlen + tokens.begin + t;
         dispatch_dtype(p.dtype, [&](auto tag) {
           using T = decltype(tag);
           T* out = static_cast<T*>(target) + row * dim;
-          for (int64_t j = 0; j < dim; ++j) out[j] = from_acc<T>(static_cast<AccOf<T>>(sum[j]));
+          for (int64_t j = 0; j < dim; ++j) {
+            out[j] = from_acc<T>(static_cast<AccOf<T>>(found[j] + more[j]));
+          }
         });
-      };
-      finish(params.grad_k, p.headdim, 0);
-      finish(params.grad_v, p.headdim_v, p.sinks * p.headdim);
-    }
+      }
+    };
+    write(params.grad_k, p.headdim, 0);
+    write(params.grad_v, p.headdim_v, p.sinks * p.headdim);
   }
 }
 
@@ -164,7 +128,7 @@ void finish(const LinearAttentionBackwardParams& params, const std::vector<Backw
   const BackwardWorkspace workspace(params, counts_of(pieces));
   finish_parameters<Acc>(params, pieces, workspace);
   finish_decay<Acc>(params, workspace);
-  finish_sinks<Acc>(params, pieces, workspace);
+  finish_sinks(params, pieces, workspace);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // double. No instruction set of its own.
 #pragma once
 
+#include "cpu/parameter_rows.h"
 #include "dijiang/core/linear_attention.h"
 
 namespace dijiang::cpu {
@@ -19,12 +20,11 @@ class BackwardWorkspace {
         counts_(counts),
         base_(static_cast<double*>(params.workspace)) {}
 
-  // Gradients of one head's feature parameters: omega (m, d) or, of a DCT, (m); log_weight (m);
-  // beta.
+  // Gradients of one head's feature parameters; of queries and keys alike, for the larger omega.
   int64_t row_size() const {
     const bool given = p_.kind == FeatureKind::kGiven || p_.num_features == 0;
-    const int64_t columns = p_.fq.dct && p_.fk.dct ? 1 : p_.headdim;
-    return given || !parameters_ ? 0 : p_.num_features * (columns + 1) + 1;
+    const FeatureParams& larger = p_.fq.dct ? p_.fk : p_.fq;
+    return given || !parameters_ ? 0 : parameter_row_size(larger, p_.num_features, p_.headdim);
   }
   int64_t groups() const { return p_.num_heads / p_.num_kv_heads; }
 
@@ -53,10 +53,9 @@ class BackwardWorkspace {
     const int64_t decay = p_.log_decay ? 2 * p_.batch * p_.num_kv_heads * p_.seqlen : 0;
     return rows * row_size() + pieces * sinks_size() + decay;
   }
-
- private:
   int64_t sinks_size() const { return p_.sinks * (p_.headdim + p_.headdim_v); }
 
+ private:
   const LinearAttentionParams& p_;
   const bool parameters_;  // whether any gradient of them is wanted
   const BackwardCounts counts_;

@@ -1,9 +1,11 @@
-// The tokens of a task's sequence.
+// The tokens of a task's sequence, and how many a kernel takes at a time.
 #pragma once
 
 #include "dijiang/core/linear_attention.h"
 
 namespace dijiang::cpu {
+
+inline constexpr int64_t kTile = 64;  // the most rows of a tile
 
 struct Sequence {
   int64_t index, batch, begin, end;

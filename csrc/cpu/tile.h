@@ -7,8 +7,6 @@
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
-inline constexpr int64_t kTile = 64;  // the most rows of a tile
-
 // Zeroed, vector-aligned memory that lives as long as the object.
 class Scratch {
  public:

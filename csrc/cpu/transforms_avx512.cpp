@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/dct_plan.h"
+#include "cpu/feature_map_rows.h"
 #include "cpu/workspace.h"
 #include "dijiang/core/dct.h"
 #include "dijiang/core/feature_map.h"

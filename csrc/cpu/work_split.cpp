@@ -7,7 +7,6 @@
 namespace dijiang::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 64;
 constexpr int64_t kLeastTokens = 128;  // of a piece
 // Costs are counted in multiply-adds of a matrix product; everything else by what it was measured
 // to take beside one.
@@ -35,7 +34,7 @@ double state_cost(const LinearAttentionParams& p) {
 }
 // A product of a query's weights for the keys beside it with rows of `dim`.
 double tile_cost(const LinearAttentionParams& p, int64_t dim) {
-  const double keys = p.window > 0 ? kNearWeight * static_cast<double>(p.window) : kTileRows / 2.0;
+  const double keys = p.window > 0 ? kNearWeight * static_cast<double>(p.window) : kTile / 2.0;
   return keys * static_cast<double>(dim);
 }
 double rows_cost(const LinearAttentionParams& p) {
@@ -177,11 +176,11 @@ class Splitter {
     const int64_t first = tokens.first_position(p_), position = first + token;
     int64_t start = p_.window > 0 ? position / p_.window * p_.window : first;
     start = std::max(start, first);
-    return start + (position - start) / kTileRows * kTileRows - first;
+    return start + (position - start) / kTile * kTile - first;
   }
   int64_t next_start(const Sequence& tokens, int64_t token) const {
     const int64_t here = tile_start(tokens, token);
-    int64_t next = here + kTileRows;
+    int64_t next = here + kTile;
     if (p_.window > 0) {
       const int64_t first = tokens.first_position(p_);
       next = std::min(next, ((first + here) / p_.window + 1) * p_.window - first);

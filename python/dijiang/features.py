@@ -154,12 +154,7 @@ class FeatureMap(nn.Module):
             else:
                 log_weight = log_weight + shift
         parts = [None if x is None else x.to(dtype) for x in (omega, log_weight, beta)]
-        if repeats > 1:
-            # The CPU reads one omega for all heads that share it.
-            shared = [parts.pop(0)] if omega.device.type == "cpu" else []
-            repeated = [None if x is None else x.repeat_interleave(repeats, 0) for x in parts]
-            parts = shared + repeated
-        return FeatureParams(*parts, self.kind)
+        return shared_by(FeatureParams(*parts, self.kind), repeats)
 
     def repeated(self, repeats: int) -> FeatureMap:
         """A new map that starts equal, each head's parameters `repeats` times."""
@@ -178,6 +173,17 @@ class FeatureMap(nn.Module):
 
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return ops.feature_map(x, self.params(dtype=dtype), scale=scale, log=log)
+
+
+def shared_by(params: FeatureParams, heads: int) -> FeatureParams:
+    """The same for `heads` neighbouring heads a row; the CPU reads one omega for all of them."""
+    if heads == 1:
+        return params
+    omega, *rest = params[:3]
+    if omega.device.type != "cpu":
+        omega = omega.repeat_interleave(heads, 0)
+    rest = (None if x is None else x.repeat_interleave(heads, 0) for x in rest)
+    return FeatureParams(omega, *rest, params.kind)
 
 
 def _set_transforms(map: FeatureMap, _=None) -> None:

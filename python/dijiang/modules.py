@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from ._types import AttentionState
 from .config import DiJiangConfig
-from .features import FeatureMap
+from .features import FeatureMap, shared_by
 
 #: A gate this low closes the far keys: their weight is 0 in every dtype, and so is its gradient.
 CLOSED = -1e4
@@ -104,9 +104,7 @@ class AttentionKernel(nn.Module):
             return None, None
         fk = self.features_k.params(dtype=dtype)
         if self.features_q is None:
-            fq = self.features_k.params(self.groups, dtype)
-            if fq.omega.shape == fk.omega.shape:
-                fq = fq._replace(omega=fk.omega)
+            fq = shared_by(fk, self.groups)
         else:
             fq = self.features_q.params(dtype=dtype)
         if self.gate is not None:

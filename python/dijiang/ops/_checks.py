@@ -174,9 +174,19 @@ def _check_values(op, bounds, in_order, message):
 
 
 def check_params(
-    op: str, name: str, params: FeatureParams, heads: int, headdim: int, like: Tensor
+    op: str,
+    name: str,
+    params: FeatureParams,
+    heads: int,
+    headdim: int,
+    like: Tensor,
+    *,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """omega, log_weight and beta as the kernels read them: accumulation dtype, contiguous."""
+    """omega, log_weight and beta as the kernels read them: accumulation dtype, contiguous.
+
+    shared: omega may have a row for several heads.
+    """
     if not isinstance(params, FeatureParams):
         raise TypeError(f"{op}: {name} must be FeatureParams, got {type(params).__name__}")
     if params.kind not in KINDS:
@@ -187,8 +197,8 @@ def check_params(
         raise ValueError(f"{op}: {name}.beta belongs to kind 'exp', got kind {params.kind!r}")
     omega, log_weight, beta = params.omega, params.log_weight, params.beta
     rows = heads
-    if op != "feature_map" and isinstance(omega, Tensor) and omega.dim() and omega.shape[0]:
-        rows = omega.shape[0] if heads % omega.shape[0] == 0 else heads  # one for several heads
+    if shared and isinstance(omega, Tensor) and omega.dim() and omega.shape[0]:
+        rows = omega.shape[0] if heads % omega.shape[0] == 0 else heads
     if isinstance(omega, Tensor) and omega.dim() == 2:
         check_like(op, f"{name}.omega", omega, (rows, "m"), "(heads, features)", like, omega.dtype)
         if params.kind != "exp":

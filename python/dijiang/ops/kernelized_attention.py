@@ -234,8 +234,8 @@ def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
         missing = "fq" if fq is None else "fk"
         raise ValueError(f"{op}: fq and fk must be given together, {missing} is None")
     if fq is not None:
-        params_q = check_params(op, "fq", fq, q.shape[1], q.shape[3], q)
-        params_k = check_params(op, "fk", fk, k.shape[1], k.shape[3], q)
+        params_q = check_params(op, "fq", fq, q.shape[1], q.shape[3], q, shared=True)
+        params_k = check_params(op, "fk", fk, k.shape[1], k.shape[3], q, shared=True)
         if fq.kind != fk.kind or fq.omega.shape[1] != fk.omega.shape[1]:
             raise ValueError(
                 f"{op}: fq and fk must be of one kind and have as many features, got {fq.kind!r} "
