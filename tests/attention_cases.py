@@ -36,9 +36,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def skip_unsupported(device, dtype):
+def near_cases(*cases):
+    """Which keys are exact: (window, sinks) or (window, sinks, cache_size), as options."""
+    names = ("window", "sinks", "cache_size")
+    cases = [dict(zip(names, case, strict=False)) for case in cases]
+    ids = ["-".join(str(x) for x in case.values()) for case in cases]
+    return pytest.mark.parametrize("near", cases, ids=ids)
+
+
+def skip_unsupported(device, dtype, near=()):
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("float64 is supported on the CPU alone")
+    if device == "cuda" and "cache_size" in near:
+        pytest.skip("hard keys are supported on the CPU alone")
 
 
 def error(got, truth):
@@ -177,6 +187,8 @@ def plain(case):
         near = s < case.options.get("sinks", 0)
         if window:
             near = near | (t // window - s // window <= 1)
+        if case.options.get("cache_size"):
+            near = near | held_as_hard_keys(case, scale)
         fk = map_params(case.fk, lambda x: x.repeat_interleave(groups, 0))
         phi_q = reference.feature_map(case.q, case.fq, scale=scale)
         w = phi_q @ reference.feature_map(k, fk, scale=scale).mT
@@ -191,6 +203,20 @@ def plain(case):
     w = w.masked_fill(s > t, 0)
     out = w @ v
     return out / w.sum(-1, keepdim=True) if case.options.get("normalize", True) else out
+
+
+def held_as_hard_keys(case, scale):
+    """(B, H, T, T): whether query t finds key s in a slot."""
+    options = {n: case.options.get(n, 0) for n in ("window", "sinks", "cache_size")}
+    q, k, v = (x.detach().double() for x in (case.q, case.k, case.v))
+    table = reference.choose_hard_keys(q, k, v, scale=scale, **options)
+    p = torch.arange(q.shape[2])
+    held = []
+    for row in reference.hard_key_rows(q, options["window"])[:-1]:
+        slots = table[:, row : row + len(p) // options["window"] + 1]
+        in_block = (slots[..., None] == p).any(-2)
+        held.append(in_block[:, p // options["window"]])
+    return torch.stack(held).repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 def clone_state(state):

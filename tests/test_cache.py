@@ -34,6 +34,16 @@ def test_size_is_constant(model):
     assert filled(model, ids_of(3, 10)).nbytes() == 3 * 2 * layer
 
 
+def test_size_with_hard_keys_is_constant():
+    model = dijiang.convert(tiny_model(), CONFIG.replace(cache_size=6))
+    sizes = {length: filled(model, ids_of(1, length)).nbytes() for length in (1, 16, 100, 1000)}
+    heads, d, features, exact = 2, 16, 32, 2 * 8 + 2 + 6
+    # As above; besides, votes for slots and a block and two sums in float32, positions in int64.
+    layer = 4 * heads * (features * d + 2 * features + 2 * exact * d)
+    layer += heads * (4 * (6 + 8 + 2 * d) + 8 * 6) + 8
+    assert set(sizes.values()) == {2 * layer}
+
+
 def test_decoding_does_not_grow_it(model):
     cache = filled(model, ids_of(2, 5))
     size = cache.nbytes()

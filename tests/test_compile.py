@@ -6,7 +6,7 @@ from dataclasses import replace
 import attention_laws as laws
 import pytest
 import torch
-from attention_cases import DEVICES, make_case, one_thread  # noqa: F401
+from attention_cases import DEVICES, make_case, near_cases, one_thread, skip_unsupported  # noqa: F401
 from dijiang import ops, reference
 from dijiang.ops import empty_attention_state
 
@@ -88,45 +88,52 @@ def test_opcheck_linear_attention_update(decay, device):
 
 @devices
 @pytest.mark.parametrize("decay,packed,state", [(None, False, False), ("token", True, True)])
-@pytest.mark.parametrize("window,sinks", [(0, 0), (4, 2)])
-def test_opcheck_kernelized_attention(window, sinks, decay, packed, state, device):
+@near_cases((0, 0), (4, 2), (4, 2, 3))
+def test_opcheck_kernelized_attention(near, decay, packed, state, device):
+    skip_unsupported(device, torch.float32, near)
+    window, cache_size = near["window"], near.get("cache_size", 0)
     case = make_case("exp", decay, seqlen=20).to(torch.float32, device)
     segments, n = None, 2
     if packed:
         rows = [[0, 2, 9], [0, 9, 15], [1, 0, 20]]
         segments, n = torch.tensor(rows, dtype=torch.int32, device=device), 3
-    initial = (None,) * 9
+    initial = (None,) * 15
     if state:
-        initial = tuple(new_state(n, window, sinks, decay, device))
+        initial = tuple(new_state(n, near, decay, device))
         if not window:
-            initial = (*initial[:3], *(None,) * 6)
+            initial = (*initial[:3], *(None,) * 12)
     inputs = (*tensors_of(case), segments, *initial)
-    options = (1, 0.4, window, sinks, True, 0.1)
-    out, row_scale, row_sum, *final = OPS.kernelized_attention_fwd(*inputs, *options, True)
+    options = (1, 0.4, window, near["sinks"], cache_size, True, 0.1)
+    results = OPS.kernelized_attention_fwd(*inputs, None, *options, True)
+    out, row_scale, row_sum, *final, chosen = results
     leaves = [x.clone().requires_grad_() for x in inputs[:4]]
     for return_state in (True, False):
-        args = (*leaves, *inputs[4:], *options, return_state)
-        torch.library.opcheck(OPS.kernelized_attention_fwd.default, args)
+        for given in (None, chosen):
+            args = (*leaves, *inputs[4:], given, *options, return_state)
+            torch.library.opcheck(OPS.kernelized_attention_fwd.default, args)
     kv, z, log_scale = final[:3]
     finals = (
         (None,) * 5 if window else (torch.randn_like(kv), torch.randn_like(z), kv, z, log_scale)
     )
     for grad_params in (True, False):
-        args = (torch.randn_like(out), *inputs, out, row_scale, row_sum, *finals, *options)
+        rows = (chosen, out, row_scale, row_sum)
+        args = (torch.randn_like(out), *inputs, *rows, *finals, *options)
         torch.library.opcheck(
             OPS.kernelized_attention_bwd.default, (*args, grad_params, state and not window)
         )
 
 
 @devices
-@pytest.mark.parametrize("window,sinks", [(0, 0), (4, 2)])
+@near_cases((0, 0), (4, 2), (4, 2, 3))
 @pytest.mark.parametrize("decay", [None, "token"])
-def test_opcheck_kernelized_attention_update(decay, window, sinks, device):
+def test_opcheck_kernelized_attention_update(decay, near, device):
+    skip_unsupported(device, torch.float32, near)
     case = make_case("exp", decay, seqlen=1).to(torch.float32, device)
-    state = list(new_state(2, window, sinks, decay, device))
-    if not window:
-        state[-1] = None
-    args = (*tensors_of(case), *state, 1, 0.4, window, sinks, True, 0.0)
+    state = new_state(2, near, decay, device)
+    if not near["window"]:
+        state = state._replace(length=None)
+    options = (near["window"], near["sinks"], near.get("cache_size", 0), True, 0.0)
+    args = (*tensors_of(case), *state, 1, 0.4, *options)
     torch.library.opcheck(OPS.kernelized_attention_update.default, args)
 
 
@@ -137,11 +144,10 @@ def per_token(case):
     return decay
 
 
-def new_state(n, window, sinks, decay, device):
+def new_state(n, near, decay, device):
     return empty_attention_state(
-        n, KV, M, D, DV, window=window, sinks=sinks, dtype=torch.float32, device=device,
-        decay=decay is not None,
-    )  # fmt: skip
+        n, KV, M, D, DV, **near, dtype=torch.float32, device=device, decay=decay is not None
+    )
 
 
 # ---- torch.compile
@@ -152,6 +158,8 @@ def new_state(n, window, sinks, decay, device):
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_attention(packed, kind, device):
     options = {} if kind == "given" else {"window": 16, "sinks": 3}
+    if device == "cpu" and kind != "given":
+        options["cache_size"] = 5
     case = make_case(kind, "head", batch=1, **options).to(torch.float32, device)
     if packed:
         ends = torch.tensor([0, 40, 150], dtype=torch.int32, device=device)
@@ -186,9 +194,10 @@ def test_compiled_with_dynamic_seqlen(device):
 
 
 @devices
-@pytest.mark.parametrize("window", [0, 16])
-def test_compiled_update(window, device):
-    case = make_case("exp", "head", window=window).to(torch.float32, device)
+@near_cases((0, 0), (16, 0), (16, 2, 5))
+def test_compiled_update(near, device):
+    skip_unsupported(device, torch.float32, near)
+    case = make_case("exp", "head", **near).to(torch.float32, device)
     _, state = case.slice(0, 60).run(return_state=True)
     expected, final = laws.token_by_token(case.slice(0, 70), state, 60)
     graph = compiled(ops.kernelized_attention_update)
@@ -266,13 +275,15 @@ def test_autocast_leaves_float64():
 # ---- meta tensors, versions, inference mode
 
 
-def test_meta_tensors():
-    case = make_case("exp", "token", window=16, sinks=3).to(torch.float32, "meta")
-    out, state = case.run(return_state=True)
-    real_out, real_state = (
-        make_case("exp", "token", window=16, sinks=3).to(torch.float32).run(return_state=True)
-    )
+@near_cases((16, 3), (16, 3, 5))
+def test_meta_tensors(near):
+    case = make_case("exp", "token", **near).to(torch.float32)
+    real_out, real_state = case.run(return_state=True)
+    out, state = case.to(torch.float32, "meta").run(return_state=True)
     for meta, real in zip((out, *state), (real_out, *real_state), strict=True):
+        if real is None:
+            assert meta is None
+            continue
         assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
 
 
@@ -280,7 +291,7 @@ def test_meta_tensors():
 def test_update_bumps_versions(window):
     """A tensor saved for a backward and then written by an update is noticed."""
     case = make_case("exp", seqlen=1, window=window).to(torch.float32)
-    state = new_state(2, window, 0, None, "cpu")
+    state = new_state(2, {"window": window, "sinks": 0}, None, "cpu")
     versions = [x._version for x in state if x is not None]
     ops.kernelized_attention_update(case.q, case.k, case.v, state, case.fq, case.fk, window=window)
     assert all(x._version > old

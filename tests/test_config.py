@@ -38,9 +38,9 @@ def test_refuses(field, value, error, says):
     assert field in str(caught.value)
 
 
-def test_cache_size_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="cache_size=64"):
-        DiJiangConfig(cache_size=64)
+def test_hard_keys_need_a_window():
+    with pytest.raises(ValueError, match="cache_size=64 is of keys that leave a window"):
+        DiJiangConfig(cache_size=64, window=0)
 
 
 def test_no_far_keys_needs_near_ones():

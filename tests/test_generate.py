@@ -13,6 +13,7 @@ CONFIGS = {
     "near and far": DiJiangConfig(window=8, sinks=2, gate=0.0),
     "paper": DiJiangConfig.paper(),
     "mixed": DiJiangConfig(window=8, sinks=2, gate=0.0, layers=[1]),
+    "hard keys": DiJiangConfig(window=8, sinks=2, gate=0.0, cache_size=5),
     "per token": DiJiangConfig(window=8, sinks=2, gate=0.0, decay="token"),
 }
 NEW = 24

@@ -7,6 +7,7 @@
 
 #include "cpu/backward_maps.h"
 #include "cpu/far_state.h"
+#include "cpu/hard_key_grads.h"
 #include "cpu/query_tile.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
@@ -38,6 +39,10 @@ class BackwardKeys {
     dv_ = scratch_.take<Acc>(kTile * vp_);
     weights_ = scratch_.take<Acc>(kTile * kTile);
     grad_weights_ = scratch_.take<Acc>(kTile * kTile);
+    if (p_.cache_size > 0) {
+      hard_.allocate(scratch_, p_.cache_size, p_.window, dp_, vp_);
+      block_decay_ = scratch_.take<double>(p_.seqlen / p_.window + 2);
+    }
     if (!has_far_) return;
     sums_.allocate(scratch_, p_.kind, p_.num_features, p_.headdim, p_.fk.dct);
     future_.allocate(scratch_, mp_, vp_, true);
@@ -58,6 +63,7 @@ class BackwardKeys {
 
   void run(const BackwardPiece& piece) {
     const Sequence tokens(p_, piece.task);
+    sequence_ = tokens.index;
     batch_ = tokens.batch;
     head_ = piece.task % p_.num_kv_heads;
     begin_ = tokens.begin;
@@ -179,20 +185,41 @@ class BackwardKeys {
     rows_ = rows;
     load_tile(p_.dtype, p_.k, batch_, head_, token, rows, p_.headdim, keys_, dp_);
     load_tile(p_.dtype, p_.v, batch_, head_, token, rows, p_.headdim_v, values_, vp_);
-    fill(dk_, rows * dp_, Acc(0));
-    fill(dv_, rows * vp_, Acc(0));
-    if (!has_far_) return;
-    maps_.keys.exponents(keys_, rows, a_, plain_);
-    const Acc none = p_.kind == FeatureKind::kGiven ? Acc(0) : Acc(kLowestExponent);
-    for (int64_t s = 0; s < rows && is_sink(s); ++s) fill(a_ + s * mp_, mp_, none);
+    for (int64_t s = 0; s < rows; ++s) {
+      tokens_[s] = token + s;
+      folds_[s] = !is_sink(s) && !taken_up(s);
+    }
+    begin_keys();
   }
-  bool is_sink(int64_t s) const { return position_of(token_ + s) < p_.sinks; }
+  void begin_keys() {
+    fill(dk_, rows_ * dp_, Acc(0));
+    fill(dv_, rows_ * vp_, Acc(0));
+    if (!has_far_) return;
+    maps_.keys.exponents(keys_, rows_, a_, plain_);
+    const Acc none = p_.kind == FeatureKind::kGiven ? Acc(0) : Acc(kLowestExponent);
+    for (int64_t s = 0; s < rows_; ++s) {
+      if (!folds_[s]) fill(a_ + s * mp_, mp_, none);
+    }
+  }
+  bool is_sink(int64_t s) const { return position_of(tokens_[s]) < p_.sinks; }
+  bool taken_up(int64_t s) const {
+    return p_.cache_size > 0 && hard_.taken_up(position_of(tokens_[s]) % p_.window);
+  }
+
+  // da through the features.
+  void far_gradients() {
+    for (int64_t s = 0; s < rows_; ++s) {
+      if (!folds_[s]) fill(da_ + s * mp_, mp_, Acc(0));
+    }
+    maps_.keys.backward(keys_, rows_, da_, plain_, dk_, sums_);
+  }
 
   // Adds what came through the features, and writes the tile's gradients.
   void write_keys() {
-    if (has_far_) {
-      for (int64_t s = 0; s < rows_ && is_sink(s); ++s) fill(da_ + s * mp_, mp_, Acc(0));
-      maps_.keys.backward(keys_, rows_, da_, plain_, dk_, sums_);
+    if (has_far_) far_gradients();
+    for (int64_t s = 0; s < rows_; ++s) {
+      if (!taken_up(s)) continue;
+      hard_.add_taken_up(position_of(tokens_[s]) % p_.window, dk_ + s * dp_, dv_ + s * vp_);
     }
     for (int64_t s = 0; s < rows_ && is_sink(s); ++s) {
       const int64_t sink = position_of(token_ + s), d = p_.headdim, dv = p_.headdim_v;
@@ -226,7 +253,7 @@ class BackwardKeys {
     if (p_.log_decay) subtract_decay(s, horizontal_sum<Acc>(sum));
   }
   void subtract_decay(int64_t s, Acc sum) {
-    if (p_.log_decay && !is_sink(s)) workspace_.key_decay(batch_, head_)[token_ + s] -= sum;
+    if (p_.log_decay && folds_[s]) workspace_.key_decay(batch_, head_)[tokens_[s]] -= sum;
   }
 
   // da = factor_s (R . v - rho)
@@ -251,6 +278,7 @@ class BackwardKeys {
     const int64_t w = p_.window;
     if (end_ == begin_) return;
     const int64_t last = position_of(end_ - 1) / w, first = first_position_ / w;
+    if (p_.cache_size > 0) begin_hard(first, last);
     for (int64_t block = last; block >= first; --block) {
       const Tokens keys = tokens_of(block), next = tokens_of(block + 1);
       if (keys.end <= piece_begin_) return;
@@ -268,22 +296,135 @@ class BackwardKeys {
           }
         }
       }
+      if (p_.cache_size > 0) turn_back<kGiven>(block, last);
       for (int64_t s = keys.begin; s < keys.end; s += kTile) {
         if (s < piece_begin_ || s >= piece_end_) continue;
         load_keys(s, keys.end - s < kTile ? keys.end - s : kTile);
         for (int64_t g = 0; g < groups_; ++g) {
-          near_queries(g, {s, keys.end});
-          near_queries(g, next);
+          near_queries(g, {s, keys.end}, tile());
+          near_queries(g, next, tile());
         }
-        if (has_far_) read_block<kGiven>(keys.end);
+        if (has_far_) {
+          double since = decay_sum(token_ + rows_, keys.end);
+          for (int64_t r = rows_ - 1; r >= 0; --r) {
+            since_[r] = since;
+            since += decay_at(token_ + r);
+          }
+          read_block<kGiven>();
+        }
         write_keys();
       }
     }
   }
 
+  // --- hard keys -------------------------------------------------------------------------------
+  // Those in the slots while the queries of a block run.
+  const int32_t* slots_of(int64_t block) const {
+    const int64_t row = p_.cache_row(sequence_, batch_ * p_.seqlen + begin_);
+    const int64_t first = first_position_ / p_.window;
+    return p_.given + (head_ * p_.cache_rows() + row + block - first) * p_.cache_size;
+  }
+  // The token at a position, if its gradient is this piece's; else -1.
+  int64_t token_of_mine(int64_t position) const {
+    const int64_t token = begin_ + (position - first_position_);
+    return position >= 0 && token >= piece_begin_ && token < piece_end_ ? token : -1;
+  }
+
+  void begin_hard(int64_t first, int64_t last) {
+    hard_.clear();
+    const int32_t* slots = slots_of(last);
+    for (int64_t i = 0; i < p_.cache_size; ++i) {
+      const int64_t token = token_of_mine(slots[i]);
+      if (token < 0) continue;
+      rows_ = 0;
+      gather(token);
+      fill(dk_, dp_, Acc(0));
+      fill(dv_, vp_, Acc(0));
+      hard_.put(i, keys_, values_, dk_, dv_);
+    }
+    if (!has_decay_) return;
+    for (int64_t block = first; block <= last; ++block) {
+      const Tokens tokens = tokens_of(block);
+      block_decay_[block - first] = decay_sum(tokens.begin, tokens.end);
+    }
+  }
+
+  // The queries of block + 2, which R has taken in by now, and the slots before them: keys of
+  // `block` that entered a slot then have all of their gradient but the near one, and keys that
+  // left a slot then were far from there on.
+  template <bool kGiven>
+  void turn_back(int64_t block, int64_t last) {
+    hard_.begin_block();
+    if (block + 2 > last) return;
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int64_t r = 0; r < hard_.count; r += kTile) {
+        const int64_t n = hard_.count - r < kTile ? hard_.count - r : kTile;
+        near_queries(g, tokens_of(block + 2),
+                     {hard_.keys + r * dp_, hard_.values + r * vp_, hard_.dk + r * dp_,
+                      hard_.dv + r * vp_, n, -1});
+      }
+    }
+    const int32_t* now = slots_of(block + 2);
+    const int32_t* before = slots_of(block + 1);
+    for (int64_t i = 0; i < p_.cache_size; ++i) {
+      if (now[i] == before[i] || token_of_mine(now[i]) < 0) continue;
+      hard_.take_up(i, now[i] - block * p_.window);
+    }
+    rows_ = 0;
+    for (int64_t i = 0; i < p_.cache_size; ++i) {
+      const int64_t token = token_of_mine(before[i]);
+      if (now[i] == before[i] || token < 0) continue;
+      left_slots_[rows_] = i;
+      gather(token);
+      if (rows_ == kTile) leave_slots<kGiven>(block);
+    }
+    if (rows_ > 0) leave_slots<kGiven>(block);
+  }
+
+  // One more row of the tile.
+  void gather(int64_t token) {
+    load_tile(p_.dtype, p_.k, batch_, head_, token, 1, p_.headdim, keys_ + rows_ * dp_, dp_);
+    load_tile(p_.dtype, p_.v, batch_, head_, token, 1, p_.headdim_v, values_ + rows_ * vp_, vp_);
+    tokens_[rows_] = token;
+    folds_[rows_++] = true;
+  }
+
+  // The gathered keys left their slots when `block` left the window.
+  template <bool kGiven>
+  void leave_slots(int64_t block) {
+    begin_keys();
+    if (has_far_) {
+      for (int64_t s = 0; s < rows_; ++s) since_[s] = decay_until(tokens_[s], block);
+      read_block<kGiven>();
+      far_gradients();
+    }
+    for (int64_t s = 0; s < rows_; ++s) {
+      hard_.put(left_slots_[s], keys_ + s * dp_, values_ + s * vp_, dk_ + s * dp_, dv_ + s * vp_);
+    }
+    rows_ = 0;
+  }
+  // log2 of the decay between a token and the end of a block.
+  double decay_until(int64_t token, int64_t block) const {
+    if (!has_decay_) return 0;
+    const int64_t own = position_of(token) / p_.window, first = first_position_ / p_.window;
+    double sum = decay_sum(token + 1, tokens_of(own).end);
+    for (int64_t i = own + 1; i <= block; ++i) sum += block_decay_[i - first];
+    return sum;
+  }
+
   struct Tokens {
     int64_t begin, end;
   };
+  // Keys beside each other, and their gradients so far.
+  struct KeyTile {
+    const Acc* keys;
+    const Acc* values;
+    Acc* dk;
+    Acc* dv;
+    int64_t rows;
+    int64_t token;  // of the first one; -1: all lie before the queries
+  };
+  KeyTile tile() const { return {keys_, values_, dk_, dv_, rows_, token_}; }
   // The tokens of this call that lie in a block; none beyond either end.
   Tokens tokens_of(int64_t block) const {
     const auto inside = [&](int64_t position) {
@@ -293,22 +434,27 @@ class BackwardKeys {
     return {inside(block * p_.window), inside((block + 1) * p_.window)};
   }
 
-  // Near weights of a head's queries in `tokens` for the tile's keys.
-  void near_queries(int64_t g, Tokens tokens) {
+  // Exact weights of a head's queries in `tokens` for some keys.
+  void near_queries(int64_t g, Tokens tokens, const KeyTile& keys) {
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
     constexpr Result kAssign = Result::kAssign;
+    const int64_t columns = keys.rows;
     for (int64_t t0 = tokens.begin; t0 < tokens.end; t0 += kTile) {
       const int64_t rows = tokens.end - t0 < kTile ? tokens.end - t0 : kTile;
       const QueryTile<Acc>& tile = queries(g, t0, rows);
-      const Causal wanted{Causal::kResult, t0 - token_}, lower{Causal::kLeft, t0 - token_};
-      gemm<kPlain, kTransposed, kAssign>(rows, rows_, dp_, tile.scaled_q, dp_, keys_, dp_, weights_,
-                                         kTile, wanted);
-      gemm<kPlain, kTransposed, kAssign>(rows, rows_, vp_, tile.grad, vp_, values_, vp_,
+      Causal wanted, lower;
+      if (keys.token >= 0) {
+        wanted = {Causal::kResult, t0 - keys.token};
+        lower = {Causal::kLeft, t0 - keys.token};
+      }
+      gemm<kPlain, kTransposed, kAssign>(rows, columns, dp_, tile.scaled_q, dp_, keys.keys, dp_,
+                                         weights_, kTile, wanted);
+      gemm<kPlain, kTransposed, kAssign>(rows, columns, vp_, tile.grad, vp_, keys.values, vp_,
                                          grad_weights_, kTile, wanted);
       const Acc factor = static_cast<Acc>(p_.scale);
       for (int64_t t = 0; t < rows; ++t) {
-        const int64_t after = t0 + t - token_ + 1;
-        const int64_t visible = after < rows_ ? after : rows_;
+        const int64_t after = keys.token < 0 ? columns : t0 + t - keys.token + 1;
+        const int64_t visible = after < columns ? after : columns;
         Acc* weight = weights_ + t * kTile;
         Acc* grad = grad_weights_ + t * kTile;
         const Vec<Acc> shift = broadcast(-tile.scale[t]);
@@ -320,23 +466,22 @@ class BackwardKeys {
         fill(weight + visible, kTile - visible, Acc(0));
         fill(grad + visible, kTile - visible, Acc(0));
       }
-      gemm<kTransposed, kPlain>(rows_, dp_, rows, grad_weights_, kTile, tile.q, dp_, dk_, dp_,
+      gemm<kTransposed, kPlain>(columns, dp_, rows, grad_weights_, kTile, tile.q, dp_, keys.dk, dp_,
                                 lower);
-      gemm<kTransposed, kPlain>(rows_, vp_, rows, weights_, kTile, tile.grad, vp_, dv_, vp_, lower);
+      gemm<kTransposed, kPlain>(columns, vp_, rows, weights_, kTile, tile.grad, vp_, keys.dv, vp_,
+                                lower);
     }
   }
 
-  // Far gradients of the tile's keys; R's time is the end of their block.
+  // Far gradients of the tile's keys; since_ leads to R's time.
   template <bool kGiven>
-  void read_block(int64_t block_end) {
+  void read_block() {
     using F = FeatureOf<Acc, kGiven>;
     Acc shift[kTile] = {}, factor[kTile] = {};
-    double since = decay_sum(token_ + rows_, block_end);
-    for (int64_t s = rows_ - 1; s >= 0; --s) {
-      const Decay<Acc> decay(since);
+    for (int64_t s = 0; s < rows_; ++s) {
+      const Decay<Acc> decay(since_[s]);
       shift[s] = decay.whole;
       factor[s] = decay.fraction;
-      since += decay_at(token_ + s);
     }
     read_future(future_.kv, future_.extra, factor);
     for (int64_t s = 0; s < rows_; ++s) {
@@ -596,16 +741,22 @@ class BackwardKeys {
   const bool has_far_, has_decay_;
   Scratch scratch_;
 
-  int64_t batch_ = 0, head_ = 0, begin_ = 0, end_ = 0, first_position_ = 0;
+  int64_t sequence_ = 0, batch_ = 0, head_ = 0, begin_ = 0, end_ = 0, first_position_ = 0;
   int64_t piece_begin_ = 0, piece_end_ = 0;  // tokens, as begin_ and end_
   double* key_sinks_ = nullptr;
   FeatureSums<Acc> sums_;
   FarState<Acc> future_;             // kv: R, extra: rho, z: the same sum with 1, log_scale: N
   QueryTile<Acc>* tiles_ = nullptr;  // (slots, groups)
   int64_t slots_ = 1;
+  HardKeyGrads<Acc> hard_;
+  double* block_decay_ = nullptr;  // log2, of the blocks of this call
+  int64_t left_slots_[kTile] = {};
 
   // The tile.
   int64_t token_ = 0, rows_ = 0;
+  int64_t tokens_[kTile] = {};
+  bool folds_[kTile] = {};    // whether the key is far from its block's end, or its slot's, on
+  double since_[kTile] = {};  // log2 of the decay between the key and R's time
   Acc* keys_ = nullptr;
   Acc* values_ = nullptr;
   Acc* dk_ = nullptr;

@@ -19,7 +19,7 @@ class BackwardQueries {
         maps_(maps),
         walk_(p_, scratch_) {
     const int64_t mp = walk_.mp, dp = walk_.dp, vp = walk_.vp;
-    near_stride_ = padded<Acc>(p_.sinks + 2 * p_.window);
+    near_stride_ = padded<Acc>(p_.sinks + p_.cache_size + 2 * p_.window);
     queries_.allocate(scratch_, dp, vp, mp);
     weights_ = scratch_.take<Acc>(kTile * near_stride_);
     grad_weights_ = scratch_.take<Acc>(kTile * near_stride_);
@@ -85,20 +85,21 @@ class BackwardQueries {
 
   void near() {
     const int64_t rows = walk_.rows, dp = walk_.dp, vp = walk_.vp, stride = near_stride_;
-    const int64_t sinks = walk_.sink_columns, window = walk_.window_columns;
-    if (sinks + window == 0) return;
+    const int64_t sinks = walk_.sink_columns, kept = walk_.kept_columns;
+    const int64_t window = walk_.window_columns;
+    if (kept + window == 0) return;
     constexpr Operand kPlain = Operand::kPlain, kTransposed = Operand::kTransposed;
     constexpr Result kAssign = Result::kAssign;
     const Causal wanted{Causal::kResult, walk_.window_first()};
     const Causal lower{Causal::kLeft, walk_.window_first()};
-    gemm<kPlain, kTransposed, kAssign>(rows, sinks, dp, queries_.scaled_q, dp, walk_.sink_keys, dp,
+    gemm<kPlain, kTransposed, kAssign>(rows, kept, dp, queries_.scaled_q, dp, walk_.kept_keys, dp,
                                        weights_, stride);
     gemm<kPlain, kTransposed, kAssign>(rows, window, dp, queries_.scaled_q, dp, walk_.window_keys,
-                                       dp, weights_ + sinks, stride, wanted);
-    gemm<kPlain, kTransposed, kAssign>(rows, sinks, vp, queries_.grad, vp, walk_.sink_values, vp,
+                                       dp, weights_ + kept, stride, wanted);
+    gemm<kPlain, kTransposed, kAssign>(rows, kept, vp, queries_.grad, vp, walk_.kept_values, vp,
                                        grad_weights_, stride);
     gemm<kPlain, kTransposed, kAssign>(rows, window, vp, queries_.grad, vp, walk_.window_values, vp,
-                                       grad_weights_ + sinks, stride, wanted);
+                                       grad_weights_ + kept, stride, wanted);
     for (int64_t t = 0; t < rows; ++t) {
       Acc* weight = weights_ + t * stride;
       Acc* grad = grad_weights_ + t * stride;
@@ -113,9 +114,9 @@ class BackwardQueries {
       fill(weight + visible, stride - visible, Acc(0));
       fill(grad + visible, stride - visible, Acc(0));
     }
-    gemm<kPlain, kPlain>(rows, dp, sinks, grad_weights_, stride, walk_.sink_keys, dp, dq_, dp);
-    gemm<kPlain, kPlain>(rows, dp, window, grad_weights_ + sinks, stride, walk_.window_keys, dp,
-                         dq_, dp, lower);
+    gemm<kPlain, kPlain>(rows, dp, kept, grad_weights_, stride, walk_.kept_keys, dp, dq_, dp);
+    gemm<kPlain, kPlain>(rows, dp, window, grad_weights_ + kept, stride, walk_.window_keys, dp, dq_,
+                         dp, lower);
     gemm<kTransposed, kPlain>(sinks, dp, rows, grad_weights_, stride, queries_.q, dp, sink_dk_, dp);
     gemm<kTransposed, kPlain>(sinks, vp, rows, weights_, stride, queries_.grad, vp, sink_dv_, vp);
   }

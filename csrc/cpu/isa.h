@@ -21,6 +21,7 @@
 #endif
 
 #include "cpu/dtype.h"
+#include "cpu/keep_best.h"
 #include "cpu/linear_attention_workspace.h"
 #include "cpu/sequence.h"
 #include "dijiang/core/linear_attention.h"

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/far_state.h"
+#include "cpu/hard_keys.h"
 
 namespace dijiang::cpu::DIJIANG_ISA {
 
@@ -19,12 +20,15 @@ class KeyWalk {
         groups(p.num_heads / p.num_kv_heads),
         dp(padded<Acc>(p.headdim)),
         vp(padded<Acc>(p.headdim_v)),
-        mp(padded<Acc>(p.num_features)) {
+        mp(padded<Acc>(p.num_features)),
+        hard(p, scratch, dp, vp) {
     const int64_t w = p.window, tile_rows = w > 0 ? 2 * w : kTile;
     keys_ = scratch.take<Acc>(tile_rows * dp);
     values_ = scratch.take<Acc>(tile_rows * vp);
-    sink_keys = scratch.take<Acc>(p.sinks * dp);
-    sink_values = scratch.take<Acc>(p.sinks * vp);
+    kept_keys = scratch.take<Acc>((p.sinks + p.cache_size) * dp);
+    kept_values = scratch.take<Acc>((p.sinks + p.cache_size) * vp);
+    hard.keys = kept_keys + p.sinks * dp;
+    hard.values = kept_values + p.sinks * vp;
     log_decay_ = scratch.take<double>(tile_rows);
     fk_.allocate(scratch, p.kind, p.num_features, p.headdim, p.fk.dct);
     if (!has_far) return;
@@ -55,6 +59,7 @@ class KeyWalk {
     rows = 0;
     load_state(initial);
     load_near(initial);
+    hard.begin(initial, tokens, head, first_position);
   }
 
   // Takes in the next tile; false at the end. Afterwards rows, token, position and everything
@@ -68,6 +73,7 @@ class KeyWalk {
     if (rows == 0) return false;
     if (w > 0) {
       if (position % w == 0) advance_block();
+      if (position % w == 0 || position == first_position) hard.note(position / w);
       const int64_t left = w - position % w;
       rows = left < rows ? left : rows;
       offset_ = w + position % w;
@@ -78,9 +84,10 @@ class KeyWalk {
     load_tile(p.dtype, p.v, batch, head, token, rows, p.headdim_v, tile_values, vp);
     for (int64_t i = 0; has_decay && i < rows; ++i) log_decay_[offset_ + i] = decay_at(token + i);
     for (int64_t i = 0; i < rows && position + i < p.sinks; ++i) {
-      std::memcpy(sink_keys + (position + i) * dp, tile_keys + i * dp, dp * sizeof(Acc));
-      std::memcpy(sink_values + (position + i) * vp, tile_values + i * vp, vp * sizeof(Acc));
+      std::memcpy(kept_keys + (position + i) * dp, tile_keys + i * dp, dp * sizeof(Acc));
+      std::memcpy(kept_values + (position + i) * vp, tile_values + i * vp, vp * sizeof(Acc));
     }
+    hard.see(tile_keys, tile_values, rows);
     enter_near();
     if (has_far) enter_far();
     return true;
@@ -96,17 +103,18 @@ class KeyWalk {
   void finish(const AttentionState& final) const {
     store_state(final);
     store_near(final);
+    hard.write(final, sequence, head);
   }
   int64_t last_position() const { return first_position + (end_token - begin_token); }
 
-  // Near columns of a tile are the sinks outside the window, then the window. Row i sees the
-  // first visible(i) of them.
-  int64_t near_columns() const { return sink_columns + window_columns; }
+  // Near columns of a tile are the kept keys outside the window (sinks, then hard keys), then the
+  // window. Row i sees the first visible(i) of them.
+  int64_t near_columns() const { return kept_columns + window_columns; }
   // Row i sees the columns of the window up to window_first() + i.
   int64_t window_first() const { return window_columns - rows; }
   int64_t visible(int64_t i) const {
     if (p.window > 0) return near_columns() - rows + i + 1;
-    return sink_columns < position + i + 1 ? sink_columns : position + i + 1;
+    return kept_columns < position + i + 1 ? kept_columns : position + i + 1;
   }
   // log2 of the decay from the state's time to row i.
   double decay_to(int64_t i) const { return has_decay ? since_state_[i] : 0.0; }
@@ -128,13 +136,19 @@ class KeyWalk {
   int64_t rows = 0, token = 0, position = 0;
   Acc* tile_keys = nullptr;    // (rows, dp)
   Acc* tile_values = nullptr;  // (rows, vp)
-  int64_t sink_columns = 0, window_columns = 0;
-  Acc* sink_keys = nullptr;  // (sinks, dp)
-  Acc* sink_values = nullptr;
+  int64_t sink_columns = 0, kept_columns = 0, window_columns = 0;
+  Acc* kept_keys = nullptr;  // (sinks + cache_size, dp)
+  Acc* kept_values = nullptr;
   const Acc* window_keys = nullptr;  // (window_columns, dp)
   const Acc* window_values = nullptr;
 
   FarState<Acc> state;  // before the tile; its time is the last folded key's
+  HardKeys<Acc> hard;
+
+  // A query's near weights decide, with those of its block, which keys stay.
+  void vote(const Acc* near, Acc total) {
+    if (hard.voting() && position >= p.window) hard.vote(near + sink_columns, total);
+  }
 
   // Without a window: the tile's own far keys, and the state relative to the maximum over both.
   Acc* a = nullptr;         // (rows, mp): exponents; sinks have none
@@ -174,8 +188,8 @@ class KeyWalk {
     const int64_t row = sequence * p.num_kv_heads + head, d = p.headdim, dv = p.headdim_v;
     const int64_t held = p.sinks < position ? p.sinks : position;
     for (int64_t i = 0; i < held; ++i) {
-      load_row(p.dtype, initial.sink_k, (row * p.sinks + i) * d, 1, d, sink_keys + i * dp);
-      load_row(p.dtype, initial.sink_v, (row * p.sinks + i) * dv, 1, dv, sink_values + i * vp);
+      load_row(p.dtype, initial.sink_k, (row * p.sinks + i) * d, 1, d, kept_keys + i * dp);
+      load_row(p.dtype, initial.sink_v, (row * p.sinks + i) * dv, 1, dv, kept_values + i * vp);
     }
     const auto [first, last] = held_rows(position);
     for (int64_t r = first; r < last; ++r) {
@@ -193,8 +207,8 @@ class KeyWalk {
     const int64_t row = sequence * p.num_kv_heads + head, d = p.headdim, dv = p.headdim_v;
     const int64_t seen = last_position();
     const int64_t held = p.sinks < seen ? p.sinks : seen;
-    store_tile(p.dtype, final.sink_k, row * p.sinks * d, held, d, sink_keys, dp);
-    store_tile(p.dtype, final.sink_v, row * p.sinks * dv, held, dv, sink_values, vp);
+    store_tile(p.dtype, final.sink_k, row * p.sinks * d, held, d, kept_keys, dp);
+    store_tile(p.dtype, final.sink_v, row * p.sinks * dv, held, dv, kept_values, vp);
     const auto [first, last] = held_rows(seen);
     for (int64_t r = first; r < last; ++r) {
       const int64_t slot = row * 2 * p.window + slot_of(r, seen);
@@ -208,13 +222,14 @@ class KeyWalk {
 
   void enter_near() {
     if (p.window == 0) {
-      sink_columns = p.sinks < position + rows ? p.sinks : position + rows;
+      kept_columns = sink_columns = p.sinks < position + rows ? p.sinks : position + rows;
       return;
     }
     const int64_t block = position / p.window;
     const int64_t first_row = block > 0 ? 0 : p.window;
     const int64_t window_start = block > 0 ? (block - 1) * p.window : 0;
     sink_columns = p.sinks < window_start ? p.sinks : window_start;
+    kept_columns = sink_columns + hard.count;  // hard keys come after all sinks have left
     window_keys = keys_ + first_row * dp;
     window_values = values_ + first_row * vp;
     window_columns = offset_ + rows - first_row;
@@ -223,15 +238,33 @@ class KeyWalk {
   // The first token of a block arrives: the block two before it folds into the state.
   void advance_block() {
     const int64_t w = p.window, block = position / w;
-    for (int64_t r = 0; has_far && block >= 2 && r < w; r += kTile) {
-      const int64_t n = w - r < kTile ? w - r : kTile, first = (block - 2) * w + r;
-      fk_.exponents(keys_ + r * dp, n, a);
-      drop_sinks(n, first);
-      fold(n, log_decay_ + r, values_ + r * vp);
+    if (block >= 2 && p.cache_size > 0) {
+      leave_for_good(block);
+    } else if (block >= 2 && has_far) {
+      for (int64_t r = 0; r < w; r += kTile) {
+        const int64_t n = w - r < kTile ? w - r : kTile, first = (block - 2) * w + r;
+        fk_.exponents(keys_ + r * dp, n, a);
+        drop_sinks(n, first);
+        fold(n, log_decay_ + r, values_ + r * vp);
+      }
     }
     std::memcpy(keys_, keys_ + w * dp, w * dp * sizeof(Acc));
     std::memcpy(values_, values_ + w * vp, w * vp * sizeof(Acc));
     std::memcpy(log_decay_, log_decay_ + w, w * sizeof(double));
+  }
+
+  // Of the block that leaves and of the hard keys, those that are no longer exact fold in.
+  void leave_for_good(int64_t block) {
+    hard.turn_over(block, keys_, values_, log_decay_);
+    if (!has_far) return;
+    double decay = 0;
+    for (int64_t r = 0; has_decay && r < p.window; ++r) decay += log_decay_[r];
+    state.decay(decay);
+    for (int64_t r = 0; r < hard.left; r += kTile) {
+      const int64_t n = hard.left - r < kTile ? hard.left - r : kTile;
+      fk_.exponents(hard.left_keys + r * dp, n, a);
+      add(n, hard.left_since + r, hard.left_values + r * vp);
+    }
   }
 
   // --- far keys --------------------------------------------------------------------------------
@@ -289,17 +322,25 @@ class KeyWalk {
                                                 vp);
   }
 
-  // Folds n keys with the exponents a; log_decay is log2 of each token's own decay.
+  // Folds n keys with the exponents a, one token each; log_decay is log2 of their own decay.
   void fold(int64_t n, const double* log_decay, const Acc* values) {
-    Acc shift[kTile] = {}, factor[kTile] = {};
-    double since = 0;
+    double since[kTile], sum = 0;
     for (int64_t s = n - 1; s >= 0; --s) {
-      const Decay<Acc> decay(since);
+      since[s] = sum;
+      sum += has_decay ? log_decay[s] : 0.0;
+    }
+    state.decay(sum);
+    add(n, since, values);
+  }
+
+  // Adds n keys with the exponents a; since is log2 of the decay between each and the state's time.
+  void add(int64_t n, const double* since, const Acc* values) {
+    Acc shift[kTile] = {}, factor[kTile] = {};
+    for (int64_t s = 0; s < n; ++s) {
+      const Decay<Acc> decay(since[s]);
       shift[s] = decay.whole;
       factor[s] = decay.fraction;
-      since += has_decay ? log_decay[s] : 0.0;
     }
-    state.decay(since);
     dispatch_given(p.kind, [&](auto given_tag) {
       state.template fold<given_tag.value>(n, a, shift, factor, values);
     });

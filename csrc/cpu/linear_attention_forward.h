@@ -61,7 +61,7 @@ class LinearAttentionForward {
  public:
   explicit LinearAttentionForward(const LinearAttentionParams& params)
       : p_(params), walk_(params, scratch_) {
-    near_stride_ = padded<Acc>(p_.sinks + 2 * p_.window);
+    near_stride_ = padded<Acc>(p_.sinks + p_.cache_size + 2 * p_.window);
     q_ = scratch_.take<Acc>(kTile * walk_.dp);
     scaled_q_ = scratch_.take<Acc>(kTile * walk_.dp);
     near_ = scratch_.take<Acc>(kTile * near_stride_);
@@ -115,17 +115,17 @@ class LinearAttentionForward {
     write_rows(p_, first, rows, scale_, den_, num_, walk_.vp);
   }
 
-  // near_ = q.k scale log2 e, sinks first, then the window.
+  // near_ = q.k scale log2 e, kept keys first, then the window.
   void near_scores() {
     const int64_t rows = walk_.rows, dp = walk_.dp;
     if (walk_.near_columns() == 0) return;
     const Acc factor = static_cast<Acc>(p_.scale * kLog2E);
     for (int64_t i = 0; i < rows * dp; ++i) scaled_q_[i] = q_[i] * factor;
     gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
-        rows, walk_.sink_columns, dp, scaled_q_, dp, walk_.sink_keys, dp, near_, near_stride_);
+        rows, walk_.kept_columns, dp, scaled_q_, dp, walk_.kept_keys, dp, near_, near_stride_);
     gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
         rows, walk_.window_columns, dp, scaled_q_, dp, walk_.window_keys, dp,
-        near_ + walk_.sink_columns, near_stride_, {Causal::kResult, walk_.window_first()});
+        near_ + walk_.kept_columns, near_stride_, {Causal::kResult, walk_.window_first()});
   }
 
   // r_t, a whole exponent above every term of row t.
@@ -166,10 +166,11 @@ class LinearAttentionForward {
       }
       fill(row + visible, near_stride_ - visible, Acc(0));
       den_[t] = row_sum(row, visible);
+      walk_.vote(row, den_[t]);
     }
     if (columns == 0) return;
-    multiply_visible(near_, near_stride_, walk_.sink_columns, 0, walk_.sink_values, {});
-    multiply_visible(near_, near_stride_, walk_.window_columns, walk_.sink_columns,
+    multiply_visible(near_, near_stride_, walk_.kept_columns, 0, walk_.kept_values, {});
+    multiply_visible(near_, near_stride_, walk_.window_columns, walk_.kept_columns,
                      walk_.window_values, {Causal::kLeft, walk_.window_first()});
   }
 
@@ -259,7 +260,7 @@ class LinearAttentionForward {
     const int64_t visible = walk_.visible(t);
     // As near_scores, to the same bits: without a window the near keys are sinks.
     gemm<Operand::kPlain, Operand::kTransposed, Result::kAssign>(
-        1, visible, dp, scaled_q_ + t * dp, dp, walk_.sink_keys, dp, near, near_stride_);
+        1, visible, dp, scaled_q_ + t * dp, dp, walk_.kept_keys, dp, near, near_stride_);
     top = std::ceil(row_max(near, visible, top));
     const Decay<Acc> state_decay(walk_.decay_to(t));
     for (int64_t s = -1; s <= t; ++s) {  // -1: the state
@@ -284,7 +285,7 @@ class LinearAttentionForward {
     for (int64_t s = 0; s < visible; ++s) {
       const Acc weight = exp2_scaled_one(near[s], -top);
       den += weight;
-      add(weight, walk_.sink_values + s * vp);
+      add(weight, walk_.kept_values + s * vp);
     }
     for (int64_t s = 0; s <= t; ++s) {
       const Decay<Acc> decay(walk_.decay_between(s, t), -top);

@@ -16,7 +16,7 @@ class LinearAttentionUpdate {
         dp_(padded<Acc>(p_.headdim)),
         vp_(padded<Acc>(p_.headdim_v)),
         mp_(padded<Acc>(p_.num_features)),
-        near_stride_(padded<Acc>(p_.sinks + 2 * p_.window)),
+        near_stride_(padded<Acc>(p_.sinks + p_.cache_size + 2 * p_.window)),
         has_decay_(p_.num_features > 0 && p_.log_decay != nullptr) {
     q_ = scratch_.take<Acc>(groups_ * dp_);
     key_ = scratch_.take<Acc>(dp_);
@@ -38,8 +38,13 @@ class LinearAttentionUpdate {
     head_ = task % p_.num_kv_heads;
     state_row_ = task;
     position_ = p_.final.length ? p_.final.length[sequence_] : 0;
+    hard_count_ = 0;
+    for (const int64_t* held = hard_positions(); hard_count_ < p_.cache_size; ++hard_count_) {
+      if (held[hard_count_] < 0) break;
+    }
     const int64_t w = p_.window;
-    if (w > 0 && p_.num_features > 0 && position_ % w == 0 && position_ >= 2 * w) {
+    const bool leaves = w > 0 && position_ % w == 0 && position_ >= 2 * w;
+    if (leaves && (p_.num_features > 0 || p_.cache_size > 0)) {
       if (forward_ == nullptr) forward_ = new (storage_) LinearAttentionForward<Acc>(p_);
       forward_->run({task}, p_.final, p_.final);
       return;
@@ -82,6 +87,11 @@ class LinearAttentionUpdate {
         static_cast<Acc*>(p_.final.window_decay)[slot] = static_cast<Acc>(log_decay_);
       }
     }
+    if (p_.cache_size > 0) {
+      Acc* sums = static_cast<Acc*>(p_.final.sums) + state_row_ * (d + dv);
+      for (int64_t j = 0; j < d; ++j) sums[j] += key_[j];
+      for (int64_t j = 0; j < dv; ++j) sums[d + j] += value_[j];
+    }
     if (is_sink()) {
       const int64_t row = state_row_ * p_.sinks + position_;
       store_row(p_.dtype, p_.final.sink_k, row * d, d, key_);
@@ -96,14 +106,24 @@ class LinearAttentionUpdate {
     return block > 0 ? (block - 1) * p_.window : 0;
   }
   int64_t sink_columns() const { return p_.sinks < window_start() ? p_.sinks : window_start(); }
-  int64_t near_columns() const { return sink_columns() + (position_ + 1 - window_start()); }
+  int64_t kept_columns() const { return sink_columns() + hard_count_; }
+  int64_t near_columns() const { return kept_columns() + (position_ + 1 - window_start()); }
+
+  const int64_t* hard_positions() const {
+    return p_.final.cache_position + state_row_ * p_.cache_size;
+  }
 
   template <typename Body>
-  void for_each_near(const void* sinks, const void* window, int64_t dim, const Body& body) {
-    const int64_t held = sink_columns(), start = window_start();
-    for (int64_t s = 0; s < held; ++s) {
+  void for_each_near(const void* sinks, const void* hard, const void* window, int64_t dim,
+                     const Body& body) {
+    const int64_t held = kept_columns(), start = window_start();
+    for (int64_t s = 0; s < sink_columns(); ++s) {
       load_row(p_.dtype, sinks, (state_row_ * p_.sinks + s) * dim, 1, dim, row_);
       body(s);
+    }
+    for (int64_t i = 0; i < hard_count_; ++i) {
+      load_row(p_.dtype, hard, (state_row_ * p_.cache_size + i) * dim, 1, dim, row_);
+      body(sink_columns() + i);
     }
     for (int64_t s = start; s <= position_; ++s) {
       const int64_t slot = state_row_ * 2 * p_.window + s % (2 * p_.window);
@@ -115,7 +135,7 @@ class LinearAttentionUpdate {
   // Scores of the near keys, and the row scales as far as these go.
   void near() {
     const Acc factor = static_cast<Acc>(p_.scale * kLog2E);
-    for_each_near(p_.final.sink_k, p_.final.window_k, p_.headdim, [&](int64_t s) {
+    for_each_near(p_.final.sink_k, p_.final.cache_k, p_.final.window_k, p_.headdim, [&](int64_t s) {
       for (int64_t g = 0; g < groups_; ++g) {
         near_[g * near_stride_ + s] = dot(q_ + g * dp_, row_, p_.headdim) * factor;
       }
@@ -140,13 +160,26 @@ class LinearAttentionUpdate {
       }
       fill(near + columns, near_stride_ - columns, Acc(0));
       den_[g] = row_sum(near, columns);
+      if (p_.cache_size > 0 && position_ >= p_.window && den_[g] > 0) vote(near, den_[g]);
     }
-    for_each_near(p_.final.sink_v, p_.final.window_v, p_.headdim_v, [&](int64_t s) {
-      for (int64_t g = 0; g < groups_; ++g) {
-        const Acc weight = near_[g * near_stride_ + s];
-        for (int64_t j = 0; j < p_.headdim_v; ++j) num_[g * vp_ + j] += weight * row_[j];
-      }
-    });
+    for_each_near(p_.final.sink_v, p_.final.cache_v, p_.final.window_v, p_.headdim_v,
+                  [&](int64_t s) {
+                    for (int64_t g = 0; g < groups_; ++g) {
+                      const Acc weight = near_[g * near_stride_ + s];
+                      for (int64_t j = 0; j < p_.headdim_v; ++j)
+                        num_[g * vp_ + j] += weight * row_[j];
+                    }
+                  });
+  }
+
+  // As HardKeys::vote: the first slot's vote, then the block before.
+  void vote(const Acc* near, Acc total) {
+    const int64_t c = p_.cache_size, w = p_.window;
+    Acc* votes = static_cast<Acc*>(p_.final.votes) + state_row_ * (c + w);
+    const Acc inverse = 1 / total;
+    const Acc* weights = near + sink_columns();
+    for (int64_t i = 0; i < hard_count_; ++i) votes[i] += weights[i] * inverse;
+    for (int64_t r = 0; r < w; ++r) votes[c + r] += weights[hard_count_ + r] * inverse;
   }
 
   template <bool kGiven>
@@ -244,8 +277,9 @@ class LinearAttentionUpdate {
   LinearAttentionForward<Acc>* forward_ = nullptr;  // in storage_, once a block folds
 
   int64_t sequence_ = 0, head_ = 0, state_row_ = 0, position_ = 0;
-  double log_decay_ = 0;  // natural, of the token
-  Acc* q_ = nullptr;      // (groups, dp)
+  int64_t hard_count_ = 0;  // hard keys in the slots
+  double log_decay_ = 0;    // natural, of the token
+  Acc* q_ = nullptr;        // (groups, dp)
   Acc* key_ = nullptr;
   Acc* value_ = nullptr;
   Acc* row_ = nullptr;        // one near key or value

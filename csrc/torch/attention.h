@@ -18,6 +18,7 @@ struct StateTensors {
   OptionalTensor kv, z, log_scale;
   OptionalTensor window_k, window_v, window_decay;
   OptionalTensor sink_k, sink_v, length;
+  OptionalTensor cache_k, cache_v, cache_position, cache_decay, cache_votes, cache_sums;
 };
 
 struct AttentionArgs {
@@ -31,6 +32,8 @@ struct AttentionArgs {
   double scale = 1.0;
   int64_t window = 0;
   int64_t sinks = 0;
+  int64_t cache_size = 0;
+  OptionalTensor hard_keys{};
   bool normalize = true;
   double eps = 0.0;
 };
@@ -66,6 +69,22 @@ inline AttentionState state_data(const StateTensors& s, const LinearAttentionPar
         "there is log_decay");
   check(!any || p.sinks == 0 || h == 0 || (out.sink_k && out.sink_v && out.length),
         "a state with sinks needs sink_k, sink_v and length");
+  if (p.cache_size == 0) return out;
+  const int64_t c = p.cache_size;
+  out.cache_k = mutable_contiguous_data(s.cache_k, "cache_k", like, dtype, {n, h, c, p.headdim});
+  out.cache_v = mutable_contiguous_data(s.cache_v, "cache_v", like, dtype, {n, h, c, p.headdim_v});
+  out.cache_position = static_cast<int64_t*>(mutable_contiguous_data(
+      s.cache_position, "cache_position", like, ScalarType::Long, {n, h, c}));
+  out.cache_decay = mutable_contiguous_data(s.cache_decay, "cache_decay", like, acc, {n, h, c});
+  out.votes =
+      mutable_contiguous_data(s.cache_votes, "cache_votes", like, acc, {n, h, c + p.window});
+  out.sums = mutable_contiguous_data(s.cache_sums, "cache_sums", like, acc,
+                                     {n, h, p.headdim + p.headdim_v});
+  const bool complete = s.cache_k && s.cache_v && s.cache_position && s.cache_votes && s.cache_sums;
+  check(
+      !any || (complete && s.cache_decay.has_value() == (p.log_decay != nullptr)),
+      "a state with hard keys needs cache_k, cache_v, cache_position, cache_votes, cache_sums, and "
+      "cache_decay if and only if there is log_decay");
   return out;
 }
 
@@ -101,10 +120,14 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
   }
   check(a.scale > 0, "scale must be positive, got ", a.scale);
   check(a.window >= 0 && a.sinks >= 0, "window and sinks must not be negative");
+  check(a.cache_size >= 0, "cache_size must not be negative, got ", a.cache_size);
+  check(a.cache_size == 0 || a.window > 0, "hard keys (cache_size ", a.cache_size,
+        ") need a window to leave");
   check(a.eps >= 0, "eps must not be negative, got ", a.eps);
   p.scale = a.scale;
   p.window = a.window;
   p.sinks = a.sinks;
+  p.cache_size = a.cache_size;
   p.normalize = a.normalize;
   p.eps = a.eps;
 
@@ -124,9 +147,24 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
     p.num_seqs = a.segments->size(0);
     p.segments = static_cast<const int32_t*>(
         contiguous_data(a.segments, "segments", a.q, ScalarType::Int, {p.num_seqs, 3}));
-    Backend::check_segments(*a.segments, p.batch, p.seqlen);
+    Backend::check_segments(*a.segments, p.batch, p.seqlen, p.cache_size > 0);
   }
   return p;
+}
+
+inline Shape hard_keys_shape(const LinearAttentionParams& p) {
+  return {p.num_kv_heads, p.cache_size > 0 ? p.cache_rows() : 0, p.cache_size};
+}
+
+// The hard keys given, once p.initial is set.
+template <class Backend>
+void give_hard_keys(LinearAttentionParams& p, const AttentionArgs& a) {
+  check(p.cache_size == 0 || Backend::kHardKeys, "hard keys (cache_size ", p.cache_size,
+        ") run on the CPU alone so far: move the tensors there, or give cache_size 0");
+  if (!a.hard_keys || p.cache_size == 0) return;
+  p.given = static_cast<const int32_t*>(
+      contiguous_data(a.hard_keys, "hard_keys", a.q, ScalarType::Int, hard_keys_shape(p)));
+  if (p.given != nullptr) Backend::check_hard_keys(p);
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -136,6 +174,8 @@ struct AttentionOutputs {
   Tensor kv, z, log_scale;
   Tensor window_k, window_v, window_decay;
   Tensor sink_k, sink_v, length;
+  Tensor cache_k, cache_v, cache_position, cache_decay, cache_votes, cache_sums;
+  Tensor hard_keys;
 };
 
 // Zeros where a kernel leaves gaps: padding between segments, window slots not yet filled.
@@ -144,6 +184,7 @@ AttentionOutputs attention_forward(const AttentionArgs& a, const StateTensors& i
                                    bool return_state) {
   LinearAttentionParams p = attention_params<Backend>(a);
   p.initial = state_data(initial, p, a.q);
+  give_hard_keys<Backend>(p, a);
   const ScalarType acc = acc_type(a.q), dtype = a.q.scalar_type();
   const Shape rows{p.batch, p.num_heads, p.seqlen};
   const bool padded = a.segments.has_value();
@@ -162,6 +203,15 @@ AttentionOutputs attention_forward(const AttentionArgs& a, const StateTensors& i
   o.sink_k = new_tensor(a.q, {n, h, p.sinks, p.headdim}, dtype, true);
   o.sink_v = new_tensor(a.q, {n, h, p.sinks, p.headdim_v}, dtype, true);
   o.length = new_tensor(a.q, {p.window || p.sinks ? n : 0}, ScalarType::Long);
+  const int64_t c = p.cache_size, cached = c > 0 ? n : 0;
+  o.cache_k = new_tensor(a.q, {n, h, c, p.headdim}, dtype, true);
+  o.cache_v = new_tensor(a.q, {n, h, c, p.headdim_v}, dtype, true);
+  o.cache_position = new_tensor(a.q, {n, h, c}, ScalarType::Long);
+  o.cache_decay = new_tensor(a.q, {n, h, p.log_decay ? c : 0}, acc, true);
+  o.cache_votes = new_tensor(a.q, {cached, h, c + p.window}, acc, true);
+  o.cache_sums = new_tensor(a.q, {cached, h, p.headdim + p.headdim_v}, acc);
+  o.hard_keys = a.hard_keys && c > 0 ? no_tensor(a.q, ScalarType::Int)
+                                     : new_tensor(a.q, hard_keys_shape(p), ScalarType::Int, true);
 
   p.out = data_of(o.out);
   p.row_scale = data_of(o.row_scale);
@@ -175,6 +225,13 @@ AttentionOutputs attention_forward(const AttentionArgs& a, const StateTensors& i
   p.final.sink_k = data_of(o.sink_k);
   p.final.sink_v = data_of(o.sink_v);
   p.final.length = static_cast<int64_t*>(data_of(o.length));
+  p.final.cache_k = data_of(o.cache_k);
+  p.final.cache_v = data_of(o.cache_v);
+  p.final.cache_position = static_cast<int64_t*>(data_of(o.cache_position));
+  p.final.cache_decay = data_of(o.cache_decay);
+  p.final.votes = data_of(o.cache_votes);
+  p.final.sums = data_of(o.cache_sums);
+  p.chosen = static_cast<int32_t*>(data_of(o.hard_keys));
   Backend::attention_forward(p, a.q);
   return o;
 }
@@ -224,6 +281,8 @@ AttentionGrads attention_backward(const AttentionArgs& a, const StateTensors& in
   b.forward = attention_params<Backend>(a);
   LinearAttentionParams& p = b.forward;
   p.initial = state_data(initial, p, a.q);
+  give_hard_keys<Backend>(p, a);
+  check(p.cache_size == 0 || a.hard_keys, "the backward needs the hard keys of the forward");
   const ScalarType acc = acc_type(a.q), dtype = a.q.scalar_type();
   const Shape rows{p.batch, p.num_heads, p.seqlen};
   const Shape out_shape{p.batch, p.num_heads, p.seqlen, p.headdim_v};
@@ -279,6 +338,7 @@ Tensor attention_update(const AttentionArgs& a, const StateTensors& state) {
   LinearAttentionParams p = attention_params<Backend>(a);
   check(p.seqlen == 1, "an update takes one token a sequence, got ", p.seqlen);
   p.final = state_data(state, p, a.q);
+  give_hard_keys<Backend>(p, a);
   Tensor out = new_tensor(a.q, {p.batch, p.num_heads, 1, p.headdim_v}, a.q.scalar_type());
   p.out = data_of(out);
   if (p.batch > 0) Backend::attention_update(p, a.q);

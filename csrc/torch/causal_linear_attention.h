@@ -16,7 +16,11 @@ inline AttentionArgs linear_args(const Tensor& q, const Tensor& k, const Tensor&
 
 inline StateTensors linear_state(const OptionalTensor& kv, const OptionalTensor& z,
                                  const OptionalTensor& log_scale) {
-  return {kv, z, log_scale, {}, {}, {}, {}, {}, {}};
+  StateTensors state;
+  state.kv = kv;
+  state.z = z;
+  state.log_scale = log_scale;
+  return state;
 }
 
 template <class Backend>

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/sequence.h"
 #include "cpu/work_split.h"
 #include "dijiang/core/dct.h"
 #include "dijiang/core/feature_map.h"
@@ -13,6 +14,7 @@ namespace dijiang::binding {
 
 struct CpuBackend {
   static constexpr bool kShortOmega = true;
+  static constexpr bool kHardKeys = true;
 
   static void dct(const DctParams& p, const Tensor&) {
     const int64_t rows = p.batch * p.heads * p.seqlen;
@@ -59,10 +61,12 @@ struct CpuBackend {
     cpu::linear_attention_update_finish(p);
   }
 
-  // Values of segments: rows of (batch index, begin, end), in bounds and free of overlap.
-  static void check_segments(const Tensor& segments, int64_t batch, int64_t seqlen) {
+  // Values of segments: rows of (batch index, begin, end), in bounds and free of overlap; ordered:
+  // in the order of memory too.
+  static void check_segments(const Tensor& segments, int64_t batch, int64_t seqlen, bool ordered) {
     const auto* rows = static_cast<const int32_t*>(segments.const_data_ptr());
     std::vector<int32_t> end_of_row(batch, 0);
+    int32_t last_row = 0;
     for (int64_t n = 0; n < segments.size(0); ++n) {
       const int32_t row = rows[3 * n], begin = rows[3 * n + 1], end = rows[3 * n + 2];
       check(row >= 0 && row < batch && begin >= 0 && begin <= end && end <= seqlen, "sequence ", n,
@@ -71,6 +75,44 @@ struct CpuBackend {
       check(begin >= end_of_row[row], "sequence ", n, " begins at token ", begin,
             ", before the sequence ahead of it ends at ", end_of_row[row]);
       end_of_row[row] = end;
+      check(!ordered || row >= last_row, "sequence ", n, " lies in row ", row,
+            ", before the sequence ahead of it: hard keys want sequences in order");
+      last_row = row;
+    }
+  }
+
+  // Every block's hard keys are those of the block before, each in its slot, but for new ones from
+  // the block that leaves the window in the place of some and in slots not filled yet.
+  static void check_hard_keys(const LinearAttentionParams& p) {
+    const int64_t c = p.cache_size, w = p.window;
+    for (int64_t task = 0; task < cpu::linear_attention_num_tasks(p); ++task) {
+      const cpu::Sequence tokens(p, task);
+      const int64_t head = task % p.num_kv_heads, position = tokens.first_position(p);
+      const int64_t first = position / w;
+      const int64_t row = p.cache_row(tokens.index, tokens.batch * p.seqlen + tokens.begin);
+      const int32_t* keys = p.given + (head * p.cache_rows() + row) * c;
+      std::vector<int64_t> before(c, -1);
+      if (p.initial.cache_position) {
+        std::copy_n(p.initial.cache_position + task * c, c, before.begin());
+      }
+      for (int64_t block = first; block * w < position + tokens.length(); ++block, keys += c) {
+        const int64_t leaving = block >= 2 && block * w >= position ? (block - 2) * w : -w;
+        std::vector<bool> entered(w);
+        for (int64_t i = 0; i < c; ++i) {
+          const int64_t key = keys[i];
+          const bool leaves =
+              leaving >= 0 && key >= std::max(leaving, p.sinks) && key < leaving + w;
+          const bool enters = leaves && !entered[key - leaving] && (i == 0 || keys[i - 1] >= 0);
+          check(
+              key == before[i] || enters, "hard_keys of kv head ", head, ", sequence ",
+              tokens.index, ", block ", block, ": slot ", i, " must hold position ", before[i],
+              " as before, or a key of the block that leaves the window, once, with no empty slot "
+              "before it; got ",
+              key);
+          if (leaves) entered[key - leaving] = true;
+          before[i] = key;
+        }
+      }
     }
   }
 

@@ -40,7 +40,7 @@ class LinearAttentionState(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """LinearAttentionState of the far keys, and the near keys themselves.
+    """LinearAttentionState of the far keys, and the exact keys themselves.
 
     Position p of a sequence lies in slot ``p % (2 window)`` of the window buffers.
     """
@@ -54,6 +54,13 @@ class AttentionState(NamedTuple):
     sink_k: Tensor  # (num_seqs, kv_heads, sinks, headdim)
     sink_v: Tensor  # (num_seqs, kv_heads, sinks, headdim_v)
     length: Tensor  # (num_seqs,) int64: tokens seen so far
+    # With a cache of hard keys, else None. Slots fill up from the first on.
+    cache_k: Tensor | None = None  # (num_seqs, kv_heads, cache_size, headdim)
+    cache_v: Tensor | None = None  # (num_seqs, kv_heads, cache_size, headdim_v)
+    cache_position: Tensor | None = None  # (num_seqs, kv_heads, cache_size) int64; -1: empty
+    cache_decay: Tensor | None = None  # (num_seqs, kv_heads, cache_size) log_decay since the key
+    cache_votes: Tensor | None = None  # (num_seqs, kv_heads, cache_size + window)
+    cache_sums: Tensor | None = None  # (num_seqs, kv_heads, headdim + headdim_v): of k and of v
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,6 +80,7 @@ def empty_attention_state(
     dtype: torch.dtype,
     device,
     decay: bool = False,
+    cache_size: int = 0,
 ) -> AttentionState:
     """The AttentionState of `batch` sequences before their first token.
 
@@ -90,6 +98,17 @@ def empty_attention_state(
         return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
     z = zeros(kv_heads, num_features, dtype=acc)
+    cache = {}
+    if cache_size:
+        slots = (kv_heads, cache_size)
+        cache = dict(
+            cache_k=zeros(*slots, headdim),
+            cache_v=zeros(*slots, headdim_v),
+            cache_position=zeros(*slots, dtype=torch.int64) - 1,
+            cache_decay=zeros(*slots, dtype=acc) if decay else None,
+            cache_votes=zeros(kv_heads, cache_size + window, dtype=acc),
+            cache_sums=zeros(kv_heads, headdim + headdim_v, dtype=acc),
+        )
     return AttentionState(
         kv=zeros(kv_heads, num_features, headdim_v, dtype=acc),
         z=z,
@@ -100,4 +119,5 @@ def empty_attention_state(
         sink_k=zeros(kv_heads, sinks, headdim),
         sink_v=zeros(kv_heads, sinks, headdim_v),
         length=zeros(dtype=torch.int64),
+        **cache,
     )

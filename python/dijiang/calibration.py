@@ -68,6 +68,8 @@ def _row_errors(kernel, q, k, v, teacher, totals):
     near = s < sinks
     if window:
         near = near | (t // window - s // window <= 1)
+    if kernel.config.cache_size:
+        near = near | _held(kernel, q, k, v, t[:, 0])
     near, far = near & (s <= t), ~near & (s <= t)
     q, teacher = q[:, t[:, 0]], teacher[:, t[:, 0]]
 
@@ -101,3 +103,17 @@ def _row_errors(kernel, q, k, v, teacher, totals):
     p = torch.sigmoid(log_odds + _SHIFTS.to(log_odds)[:, None, None])  # (shifts, H, queries)
     errors = (closed + p * (2 * slope + p * bend)).sum(-1)
     return centre, torch.cat([errors, closed.sum(-1)[None]])
+
+
+def _held(kernel, q, k, v, t):
+    """(H, queries, T): the hard keys that queries t of one sequence see."""
+    config = kernel.config
+    _, table = ops.kernelized_attention(
+        q[None], k[None], v[None], scale=kernel.scale, window=config.window, sinks=config.sinks,
+        cache_size=config.cache_size, return_hard_keys=True,
+    )  # fmt: skip
+    T = k.shape[1]
+    slots = table[:, t // config.window].long()
+    slots = torch.where(slots < 0, T, slots)
+    held = torch.zeros(*slots.shape[:2], T + 1, dtype=torch.bool, device=k.device)
+    return held.scatter_(2, slots, True)[..., :T].repeat_interleave(kernel.groups, 0)

@@ -21,8 +21,9 @@ _CHOICES = {
 class DiJiangConfig:
     """How attention is kernelised: ``o_t = sum_s w_ts v_s / sum_s w_ts``.
 
-    Near keys (the first ``sinks`` tokens of a sequence, the query's block of ``window`` tokens and
-    the block before it) weigh ``exp(q.k scale)``; all others weigh ``phi(q).phi(k)``. The bare
+    Exact keys (the first ``sinks`` tokens of a sequence, the query's block of ``window`` tokens and
+    the block before it, and ``cache_size`` keys chosen from those before) weigh ``exp(q.k scale)``;
+    all others weigh ``phi(q).phi(k)``. The bare
     defaults are the best found by measurement; :meth:`paper` is the method as its paper has it
     (arXiv 2403.19928, eq. 9, 10, 12) and :meth:`published` as its published code has it.
 
@@ -55,7 +56,8 @@ class DiJiangConfig:
     share_qk: bool = False
     window: int = 64
     sinks: int = 4
-    #: Far keys kept exact for ever. Not implemented: anything but 0 is refused.
+    #: Hard keys: how many of those that leave the window stay exact, a kv head, chosen anew at
+    #: every block (docs/numerics.md). Needs a window.
     cache_size: int = 0
     #: Log-weight of the far keys at the start. "auto": 0 without near keys; with them closed (the
     #: far keys weigh nothing) until calibrated on text. See convert.
@@ -96,10 +98,10 @@ class DiJiangConfig:
                     )
                 object.__setattr__(self, name, float(value))
         self._check_layers()
-        if self.cache_size:
-            raise NotImplementedError(
-                f"DiJiangConfig: cache_size={self.cache_size} (hard keys kept exact) is not "
-                "implemented yet. Use cache_size=0, and a larger window to keep more keys exact"
+        if self.cache_size and not self.window:
+            raise ValueError(
+                f"DiJiangConfig: cache_size={self.cache_size} is of keys that leave a window, and "
+                "window is 0. Give a window, or cache_size=0"
             )
         if self.feature_map is None:
             if not self.window and not self.sinks:

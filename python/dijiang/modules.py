@@ -86,12 +86,12 @@ class AttentionKernel(nn.Module):
         c = self.config
         return (
             f"heads={self.heads}, kv_heads={self.kv_heads}, headdim={self.headdim}, "
-            f"window={c.window}, sinks={c.sinks}"
+            f"window={c.window}, sinks={c.sinks}, cache_size={c.cache_size}"
         )
 
     @property
     def closed(self) -> bool:
-        """Whether the far keys are shut out: the same as window and sinks alone."""
+        """Whether the far keys are shut out: the same as the exact keys alone."""
         return self.gate is not None and bool((self.gate <= CLOSED / 2).all())
 
     @property
@@ -147,7 +147,7 @@ class AttentionKernel(nn.Module):
         return ops.empty_attention_state(
             batch, self.kv_heads, self.num_features, self.headdim, self.headdim_v,
             window=self.config.window, sinks=self.config.sinks, dtype=dtype, device=device,
-            decay=self.config.decay is not None,
+            decay=self.config.decay is not None, cache_size=self.config.cache_size,
         )  # fmt: skip
 
     def forward(
@@ -163,6 +163,7 @@ class AttentionKernel(nn.Module):
             fq, fk = self.feature_params(acc)
         settings = dict(
             scale=self.scale, window=self.config.window, sinks=self.config.sinks,
+            cache_size=self.config.cache_size,
             log_decay=self.log_decay(hidden, acc), normalize=self.config.normalize,
         )  # fmt: skip
         one_token = state is not None and q.shape[2] == 1 and seq_bounds is None

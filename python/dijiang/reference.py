@@ -94,20 +94,29 @@ def causal_linear_attention(
 
 
 def kernelized_attention(
-    q, k, v, fq=None, fk=None, *, scale=None, window=0, sinks=0, log_decay=None,
-    cu_seqlens=None, seq_bounds=None, normalize=True, eps=0.0,
+    q, k, v, fq=None, fk=None, *, scale=None, window=0, sinks=0, cache_size=0, log_decay=None,
+    cu_seqlens=None, seq_bounds=None, normalize=True, eps=0.0, hard_keys=None,
 ) -> Tensor:  # fmt: skip
-    """As causal_linear_attention with features of q and k, near keys weighing exp(scale q.k)."""
+    """As causal_linear_attention with features of q and k, exact keys weighing exp(scale q.k)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
+    if cache_size and hard_keys is None:
+        hard_keys = choose_hard_keys(
+            q, k, v, scale=scale, window=window, sinks=sinks, cache_size=cache_size,
+            cu_seqlens=cu_seqlens, seq_bounds=seq_bounds,
+        )  # fmt: skip
 
-    def one_sequence(q, k, v, log_decay):
+    def one_sequence(q, k, v, log_decay, row=0):
         p = torch.arange(q.shape[1], device=q.device)
         t, s = p[:, None], p[None, :]
         causal = s <= t
         near = s < sinks
         if window:
             near = near | (t // window - s // window <= 1)
+        if cache_size:
+            slots = hard_keys[:, row : row + len(p) // window + 1].long()  # (Hkv, blocks, c)
+            held = (slots[..., None] == p).any(-2)  # (Hkv, blocks, T)
+            near = near | held[:, p // window].repeat_interleave(groups, 0)
         log_w = (scale * (q @ k.mT)).masked_fill(~(near & causal), -math.inf)
         if fq is not None:
             c = log_decay.cumsum(-1)
@@ -127,7 +136,91 @@ def kernelized_attention(
         den = w.sum(-1, keepdim=True)
         return _divide(w @ v, den + eps * (-row_max).exp() if eps else den)
 
-    return _for_each_sequence(one_sequence, q, k, v, log_decay, cu_seqlens, seq_bounds)
+    rows = hard_key_rows(q, window, cu_seqlens, seq_bounds) if cache_size else None
+    return _for_each_sequence(one_sequence, q, k, v, log_decay, cu_seqlens, seq_bounds, rows)
+
+
+def hard_key_rows(q, window, cu_seqlens=None, seq_bounds=None) -> list[int]:
+    """The first row of each sequence in a table of hard keys, and the number of rows."""
+    segments = segments_of(q, cu_seqlens, seq_bounds)
+    rows = [(b * q.shape[2] + begin) // window + 2 * n for n, (b, begin, _) in enumerate(segments)]
+    return [*rows, q.shape[0] * q.shape[2] // window + 2 * len(segments)]
+
+
+@torch.no_grad()
+def choose_hard_keys(
+    q, k, v, *, scale, window, sinks, cache_size, cu_seqlens=None, seq_bounds=None
+) -> Tensor:  # fmt: skip
+    """int32 (Hkv, rows, cache_size): the positions kept beyond the window, a block and kv head.
+
+    When block j begins, block j - 2 leaves the window. Of its keys, sinks excluded, and of those in
+    the slots, cache_size stay: first cache_size // 2 by novelty, |v - mean v| exp(-cos(k, mean k))
+    with the means over all tokens so far, then the rest by votes: the sum over the queries of block
+    j - 1 of their softmax weights among exact keys.
+    """
+    *rows, count = hard_key_rows(q, window, cu_seqlens, seq_bounds)
+    table = torch.zeros(k.shape[1], count, cache_size, dtype=torch.int32, device=q.device)
+    for row, (b, begin, end) in zip(rows, segments_of(q, cu_seqlens, seq_bounds), strict=True):
+        for head in range(k.shape[1]):
+            queries = q[b, :, begin:end].unflatten(0, (k.shape[1], -1))[head]
+            slots = _hard_keys_of_head(
+                queries,
+                k[b, head, begin:end],
+                v[b, head, begin:end],
+                scale,
+                window,
+                sinks,
+                cache_size,
+            )
+            table[head, row : row + len(slots)] = torch.tensor(slots, dtype=torch.int32)
+    return table
+
+
+def _hard_keys_of_head(q, k, v, scale, window, sinks, cache_size) -> list[list[int]]:
+    """q (G, T, d), k (T, d), v (T, dv) -> positions by block and slot, -1 where one is empty."""
+    blocks = -(-k.shape[0] // window)
+    slots, table = [], []
+    for j in range(blocks):
+        if j >= 2:
+            fresh = list(
+                range(max((j - 2) * window, min(sinks, (j - 1) * window)), (j - 1) * window)
+            )
+            keep = set(
+                _kept(q, k, v, slots + fresh, len(slots), j, scale, window, sinks, cache_size)
+            )
+            entering = [s for s in fresh if s in keep]
+            slots = [s if s in keep else None for s in slots]
+            slots = [entering.pop(0) if s is None else s for s in slots] + entering
+        table.append(slots + [-1] * (cache_size - len(slots)))
+    return table
+
+
+def _kept(q, k, v, candidates, num_slots, j, scale, window, sinks, cache_size) -> list[int]:
+    if len(candidates) <= cache_size:
+        return candidates
+    novelty = _novelty(
+        k[candidates], v[candidates], k[: j * window].sum(0), v[: j * window].mean(0)
+    )
+    # Votes of block j - 1, among its exact keys: sinks, slots, block j - 2 and the causal part.
+    start = (j - 2) * window
+    exact = [*range(min(sinks, start)), *candidates[:num_slots], *range(start, j * window)]
+    t = torch.arange(start + window, j * window, device=q.device)
+    scores = scale * (q[:, t] @ k[exact].mT)
+    later = torch.tensor(exact, device=q.device)[None] > t[:, None]
+    votes = scores.masked_fill(later, -math.inf).softmax(-1).sum((0, 1))
+    votes = votes[[exact.index(s) for s in candidates]]
+    return [candidates[i] for i in _best(novelty, votes, cache_size)]
+
+
+def _novelty(keys, values, key_sum, value_mean):
+    cosine = _divide(keys @ key_sum, keys.norm(dim=-1) * key_sum.norm())
+    return (values - value_mean).norm(dim=-1) * (-cosine).exp()
+
+
+def _best(novelty, votes, cache_size) -> list[int]:
+    order = lambda x: torch.sort(x, descending=True, stable=True).indices.tolist()  # noqa: E731
+    kept = order(novelty)[: cache_size // 2]
+    return kept + [i for i in order(votes) if i not in kept][: cache_size - len(kept)]
 
 
 def causal_linear_attention_recurrent(
@@ -167,9 +260,9 @@ def causal_linear_attention_recurrent(
 
 
 def kernelized_attention_recurrent(
-    q, k, v, fq=None, fk=None, *, scale=None, window=0, sinks=0, log_decay=None,
+    q, k, v, fq=None, fk=None, *, scale=None, window=0, sinks=0, cache_size=0, log_decay=None,
     initial_state=None, cu_seqlens=None, seq_bounds=None, normalize=True, eps=0.0,
-    return_state=False,
+    return_state=False, hard_keys=None, return_hard_keys=False,
 ):  # fmt: skip
     """kernelized_attention one token at a time, from and to an AttentionState."""
     acc = acc_dtype(q.dtype)
@@ -181,7 +274,7 @@ def kernelized_attention_recurrent(
         num_features = 0 if fk is None else fk.omega.shape[1]
         state = empty_attention_state(
             len(segments), kv_heads, num_features, d, dv, window=window, sinks=sinks,
-            dtype=q.dtype, device=q.device, decay=log_decay is not None,
+            dtype=q.dtype, device=q.device, decay=log_decay is not None, cache_size=cache_size,
         )  # fmt: skip
     log_decay = _decay_per_token(log_decay, k)
     # Exponents of features, base 2: (B, H, T, m) and (B, Hkv, T, m).
@@ -192,6 +285,10 @@ def kernelized_attention_recurrent(
         b = log_features(q.to(acc), fq, scale) * LOG2E
         a = log_features(k.to(acc), fk, scale) * LOG2E
 
+    table, rows = None, [0] * (len(segments) + 1)
+    if cache_size:
+        rows = hard_key_rows(q, window, cu_seqlens, seq_bounds)
+        table = torch.zeros(kv_heads, rows[-1], cache_size, dtype=torch.int32, device=q.device)
     out, finals = torch.zeros(*q.shape[:-1], dv, dtype=q.dtype, device=q.device), []
     for n, (row, begin, end) in enumerate(segments):
         far = (state.kv[n], state.z[n], state.log_scale[n])
@@ -200,15 +297,22 @@ def kernelized_attention_recurrent(
         slots_k, slots_v = list(state.window_k[n].unbind(1)), list(state.window_v[n].unbind(1))
         sink_k, sink_v = list(state.sink_k[n].unbind(1)), list(state.sink_v[n].unbind(1))
         slots_decay = None if log_decay is None else list(state.window_decay[n].unbind(1))
+        hard = _HardKeys(state, n, window, cache_size) if cache_size else None
         outs = []
         for t in range(begin, end):
             p = p0 + t - begin
+            block = rows[n] + p // window - p0 // window if window else 0  # its row in the table
             new_k, new_v = k[row, :, t], v[row, :, t]
             new_decay = None if log_decay is None else log_decay[row, :, t].to(acc)
             if p < sinks:
                 sink_k[p], sink_v[p] = new_k, new_v
             if window:
-                if p % window == 0 and p >= 2 * window:
+                if p % window == 0 and p >= 2 * window and hard:
+                    given = None if hard_keys is None else hard_keys[:, block]
+                    far = hard.turn_over(
+                        far, p, slots_k, slots_v, slots_decay, fk, scale, sinks, given
+                    )
+                elif p % window == 0 and p >= 2 * window:
                     for s in range(p - 2 * window, p - window):  # leaves the window
                         i = s % (2 * window)
                         far = _fold_key(
@@ -224,12 +328,15 @@ def kernelized_attention_recurrent(
             else:
                 far = _fold_exponent(far, a[row, :, t], new_v, new_decay, is_sink=p < sinks)
                 near, since_fold = [], []
-            keys = sink_k[: p + 1] + [slots_k[i] for i in near]
-            values = sink_v[: p + 1] + [slots_v[i] for i in near]
+            keys = sink_k[: p + 1] + (hard.keys if hard else []) + [slots_k[i] for i in near]
+            values = sink_v[: p + 1] + (hard.values if hard else []) + [slots_v[i] for i in near]
             keys = torch.stack(keys, 1) if keys else k.new_zeros(kv_heads, 0, d)
             values = torch.stack(values, 1) if values else v.new_zeros(kv_heads, 0, dv)
             query = _by_kv_head(q[row, :, t].to(acc), kv_heads)
             scores = (scale * LOG2E) * (query @ keys.to(acc).mT)
+            if hard:
+                table[:, block] = hard.padded(hard.position, -1)
+                hard.see(torch.cat([new_k, new_v], -1).to(acc), scores, p, sinks)
             exponents = _by_kv_head(b[row, :, t], kv_heads)
             for s in since_fold if slots_decay else []:
                 exponents = exponents + LOG2E * slots_decay[s % (2 * window)][:, None, None]
@@ -247,16 +354,20 @@ def kernelized_attention_recurrent(
                 stack(sink_k, state.sink_k[n]),
                 stack(sink_v, state.sink_v[n]),
                 state.length[n] + (end - begin),
+                *(hard.state(state, n) if hard else (None,) * 6),
             )
         )
         if outs:
             out = _put(out, row, begin, end, torch.stack(outs, 1))
-    if not return_state:
-        return out
-    final = AttentionState(
-        *(None if x[0] is None else torch.stack(x) for x in zip(*finals, strict=True))
-    )
-    return out, final if finals else state
+    results = [out]
+    if return_state:
+        final = AttentionState(
+            *(None if x[0] is None else torch.stack(x) for x in zip(*finals, strict=True))
+        )
+        results.append(final if finals else state)
+    if return_hard_keys:
+        results.append(table)
+    return tuple(results) if len(results) > 1 else out
 
 
 def causal_linear_attention_update(
@@ -272,13 +383,13 @@ def causal_linear_attention_update(
 
 
 def kernelized_attention_update(
-    q, k, v, state, fq=None, fk=None, *, scale=None, window=0, sinks=0, log_decay=None,
-    normalize=True, eps=0.0,
+    q, k, v, state, fq=None, fk=None, *, scale=None, window=0, sinks=0, cache_size=0,
+    log_decay=None, normalize=True, eps=0.0,
 ) -> Tensor:  # fmt: skip
     """One token a sequence; `state` is written in place."""
     out, final = kernelized_attention_recurrent(
-        q, k, v, fq, fk, scale=scale, window=window, sinks=sinks, log_decay=log_decay,
-        initial_state=state, normalize=normalize, eps=eps, return_state=True,
+        q, k, v, fq, fk, scale=scale, window=window, sinks=sinks, cache_size=cache_size,
+        log_decay=log_decay, initial_state=state, normalize=normalize, eps=eps, return_state=True,
     )  # fmt: skip
     _copy_state(state, final)
     return out
@@ -294,21 +405,137 @@ def segments_of(q: Tensor, cu_seqlens=None, seq_bounds=None) -> list[tuple[int, 
     return [(row, 0, q.shape[2]) for row in range(q.shape[0])]
 
 
+class _HardKeys:
+    """The slots of one sequence, for all kv heads: they fill up alike and hold different keys."""
+
+    def __init__(self, state, n, window, cache_size):
+        self.window, self.size = window, cache_size
+        count = int((state.cache_position[n, 0] >= 0).sum())
+        self.keys = list(state.cache_k[n, :, :count].unbind(1))
+        self.values = list(state.cache_v[n, :, :count].unbind(1))
+        self.position = state.cache_position[n, :, :count].clone()
+        self.sums = state.cache_sums[n].clone()
+        votes = state.cache_votes[n]
+        self.votes = torch.cat([votes[:, :count], votes[:, cache_size:]], 1)
+        self.since = torch.zeros_like(self.votes[:, :count])
+        if state.cache_decay is not None:
+            self.since = state.cache_decay[n, :, :count].clone()
+
+    @torch.no_grad()
+    def see(self, token, scores, p, sinks):
+        """Token p (key and value); scores of the sinks, the slots and the rest of the window."""
+        self.sums = self.sums + token
+        before = max(0, (p // self.window - 1) * self.window)  # the first of the block before
+        if p < self.window:
+            return
+        weights = torch.softmax(scores / LOG2E, -1).sum(1)
+        first, slots = min(sinks, p + 1), len(self.keys)
+        skipped = min(max(sinks - before, 0), self.window)
+        window = weights[:, first + slots : first + slots + self.window - skipped]
+        window = torch.nn.functional.pad(window, (skipped, 0))
+        self.votes = self.votes + torch.cat([weights[:, first : first + slots], window], 1)
+
+    def turn_over(self, far, p, slots_k, slots_v, slots_decay, fk, scale, sinks, given=None):
+        """Before token p: block p / w - 2 leaves the window. Returns the far state after it."""
+        w, acc = self.window, far[0].dtype
+        start = p - 2 * w
+        fresh = [s for s in range(start, start + w) if s >= sinks]
+        at = lambda slots: [slots[s % (2 * w)] for s in range(start, start + w)]  # noqa: E731
+        since = torch.zeros(len(self.since), w, dtype=acc, device=self.since.device)
+        if slots_decay:
+            decay = torch.stack(at(slots_decay), 1)
+            far = _decay_far(far, decay.sum(1))
+            since = decay.flip(1).cumsum(1).flip(1) - decay
+            self.since = self.since + decay.sum(1, keepdim=True)
+        skip = w - len(fresh)
+        if not fresh and not self.keys:
+            self.votes = torch.zeros_like(self.votes)
+            return far
+        keys = torch.stack(self.keys + at(slots_k)[skip:], 1)
+        values = torch.stack(self.values + at(slots_v)[skip:], 1)
+        since = torch.cat([self.since, since[:, skip:]], 1)
+        position = torch.tensor(fresh, dtype=torch.int64).expand(len(keys), -1)
+        position = torch.cat([self.position, position.to(self.position)], 1)
+        stay = self._choose(keys, values, skip, p) if given is None else self._take(position, given)
+        gone = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        leave = gone.scatter_(1, stay, False).nonzero()[:, 1].reshape(len(keys), -1)
+        take = lambda x, i: x.gather(1, i.reshape(*i.shape, *(1,) * (x.dim() - 2)).expand(  # noqa: E731
+            *i.shape, *x.shape[2:]))  # fmt: skip
+        for key, value, log_decay in zip(
+            take(keys, leave).unbind(1), take(values, leave).unbind(1),
+            take(since, leave).unbind(1), strict=True,
+        ):  # fmt: skip
+            exponent = far[1][..., :0]
+            if fk is not None:
+                exponent = log_features(key[:, None].to(acc), fk, scale)[:, 0]
+                exponent = LOG2E * (exponent + log_decay[:, None])
+            far = _fold_exponent(far, exponent, value, None, is_sink=False)
+        self.keys, self.values = (
+            list(take(keys, stay).unbind(1)),
+            list(take(values, stay).unbind(1)),
+        )
+        self.since, self.position = take(since, stay), take(position, stay)
+        self.votes = self.votes.new_zeros(len(keys), stay.shape[1] + w)
+        return far
+
+    def _choose(self, keys, values, skip, tokens):
+        """Indices of the candidates (Hkv, n) that stay, by slot."""
+        num_slots, n = len(self.keys), keys.shape[1]
+        votes = torch.cat([self.votes[:, :num_slots], self.votes[:, num_slots + skip :]], 1)
+        stay = []
+        for head in range(len(keys)):
+            kept = set(range(n))
+            if n > self.size:
+                head_keys, head_values = (x[head].detach().to(self.sums) for x in (keys, values))
+                key_sum, value_sum = self.sums[head].split([keys.shape[2], values.shape[2]])
+                novelty = _novelty(head_keys, head_values, key_sum, value_sum / tokens)
+                kept = set(_best(novelty, votes[head], self.size))
+            entering = [i for i in range(num_slots, n) if i in kept]
+            slots = [i if i in kept else entering.pop(0) for i in range(num_slots)
+                     if i in kept or entering]  # fmt: skip
+            stay.append(slots + entering)
+        return torch.tensor(stay, device=keys.device)
+
+    @staticmethod
+    def _take(position, given):
+        """As _choose, of the positions in a table's row."""
+        given = given[:, : int((given[0] >= 0).sum())].long()
+        return (position[:, None, :] == given[:, :, None]).int().argmax(-1)
+
+    def padded(self, x, value=0):
+        """(Hkv, slots filled) -> (Hkv, slots)."""
+        return torch.nn.functional.pad(x, (0, self.size - len(self.keys)), value=value)
+
+    def state(self, state, n):
+        count = len(self.keys)
+        rows = lambda x, old: torch.cat([torch.stack(x, 1), old[n, :, count:]], 1) if x else old[n]  # noqa: E731
+        votes = torch.cat([self.padded(self.votes[:, :count]), self.votes[:, count:]], 1)
+        decay = None if state.cache_decay is None else self.padded(self.since)
+        return (
+            rows(self.keys, state.cache_k), rows(self.values, state.cache_v),
+            self.padded(self.position, -1), decay, votes, self.sums,
+        )  # fmt: skip
+
+
 # ---- pieces ------------------------------------------------------------------------------------
 
 
-def _for_each_sequence(one_sequence, q, k, v, log_decay, cu_seqlens, seq_bounds):
-    """Runs one_sequence on (H, T, .) slices, kv heads repeated; padding stays 0."""
+def _for_each_sequence(one_sequence, q, k, v, log_decay, cu_seqlens, seq_bounds, rows=None):
+    """Runs one_sequence on (H, T, .) slices, kv heads repeated; padding stays 0.
+
+    rows: one more argument for each sequence.
+    """
     groups = q.shape[1] // k.shape[1]
     log_decay = _decay_per_token(log_decay, k)
     if log_decay is None:
         log_decay = k.new_zeros(k.shape[:3])
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    for row, begin, end in segments_of(q, cu_seqlens, seq_bounds):
+    for n, (row, begin, end) in enumerate(segments_of(q, cu_seqlens, seq_bounds)):
         k_, v_, decay_ = (
             x[row, :, begin:end].repeat_interleave(groups, 0) for x in (k, v, log_decay)
         )
-        one = one_sequence(q[row, :, begin:end], k_, v_, decay_.to(q.dtype))
+        more = () if rows is None else (rows[n],)
+        one = one_sequence(q[row, :, begin:end], k_, v_, decay_.to(q.dtype), *more)
         out = _put(out, row, begin, end, one)
     return out
 

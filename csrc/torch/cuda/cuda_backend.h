@@ -14,6 +14,7 @@
 namespace dijiang::binding {
 
 struct CudaBackend {
+  static constexpr bool kHardKeys = false;
   static constexpr bool kShortOmega = false;  // tensor cores multiply by a matrix for every head
 
   static void dct(const DctParams& p, const Tensor& like) {
@@ -55,7 +56,8 @@ struct CudaBackend {
 
   // Their values lie on the device, and to read them would wait for it: the Python functions
   // assert them there.
-  static void check_segments(const Tensor&, int64_t, int64_t) {}
+  static void check_segments(const Tensor&, int64_t, int64_t, bool) {}
+  static void check_hard_keys(const LinearAttentionParams&) {}
 
  private:
   // Makes a tensor's device current while it lives.

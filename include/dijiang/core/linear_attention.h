@@ -3,7 +3,7 @@
 // (kernelized_attention). docs/numerics.md derives every formula used here.
 //
 //   o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps)
-//   w_ts = exp(scale q_t.k_s)                              s near: a sink, or in t's window
+//   w_ts = exp(scale q_t.k_s)                              s near: a sink, in t's window, or hard
 //   w_ts = exp(c_t - c_s) sum_i phi_i(q_t) phi_i(k_s)      s far: every other s <= t
 //
 // "Acc" below is double when dtype is kFloat64 and float otherwise: the type of all state,
@@ -54,6 +54,16 @@ struct AttentionState {
   void* sink_k = nullptr;        // dtype (num_seqs, kv heads, sinks, headdim)
   void* sink_v = nullptr;        // dtype (num_seqs, kv heads, sinks, headdim_v)
   int64_t* length = nullptr;     // (num_seqs): tokens seen so far; null when window = sinks = 0
+  // With a cache of hard keys; all null without one. Slots fill up from the first on.
+  void* cache_k = nullptr;            // dtype (num_seqs, kv heads, cache_size, headdim)
+  void* cache_v = nullptr;            // dtype (num_seqs, kv heads, cache_size, headdim_v)
+  int64_t* cache_position = nullptr;  // (num_seqs, kv heads, cache_size); -1: an empty slot
+  void* cache_decay = nullptr;  // Acc (num_seqs, kv heads, cache_size): log_decay of the tokens
+                                // after the key, up to the last folded one; null: no decay
+  void* votes = nullptr;  // Acc (num_seqs, kv heads, cache_size + window): of the newest block's
+                          // queries for the slots and for the block before
+  void* sums = nullptr;   // Acc (num_seqs, kv heads, headdim + headdim_v): of all keys so far, and
+                          // of their values
 };
 
 struct LinearAttentionParams {
@@ -77,6 +87,12 @@ struct LinearAttentionParams {
   double scale = 1.0;  // of q.k; unused for kGiven
   int64_t window = 0;  // block size w; near = own block and the one before. 0: no window
   int64_t sinks = 0;   // the first `sinks` tokens of a sequence stay exact
+  // Keys that stay exact beyond the window, a sequence and kv head: docs/numerics.md, "Hard keys".
+  // Needs a window. Of the block with number j in this call, slot i of head h holds position
+  // chosen[h, cache_row + j, i]; -1: nothing.
+  int64_t cache_size = 0;
+  const int32_t* given = nullptr;  // (kv heads, cache_rows(), cache_size); null: chosen here
+  int32_t* chosen = nullptr;       // as given; null: not wanted
   bool normalize = true;
   double eps = 0.0;  // added to the true (unscaled) denominator
 
@@ -90,6 +106,12 @@ struct LinearAttentionParams {
   // are padding: their output and gradients are 0. null: num_seqs = batch, each [0, seqlen).
   const int32_t* segments = nullptr;
   int64_t num_seqs = 0;
+
+  int64_t cache_rows() const { return window > 0 ? batch * seqlen / window + 2 * num_seqs : 0; }
+  // Rows before those of a sequence, in ascending order of its first token in memory.
+  int64_t cache_row(int64_t sequence, int64_t first_token) const {
+    return first_token / window + 2 * sequence;
+  }
 
   AttentionState initial;  // kv null: empty. Never written
   AttentionState final;    // kv null (or, with num_features = 0, length null): not wanted

@@ -78,22 +78,26 @@ register_autograd("dijiang::linear_attention_fwd", _linear_backward, setup_conte
 _PARAMS = slice(3, 9)  # q_omega .. k_beta
 _DECAY = 9
 _STATE = slice(11, 13)  # kv, z
+_TENSORS = 27  # q .. hard_keys
 
 
 def _kernelized_setup(ctx, inputs, output):
-    tensors, ctx.rest, return_state = inputs[:20], inputs[20:26], inputs[26]
-    out, row_scale, row_sum, kv, z, log_scale, *near, _length = output
+    *tensors, hard_keys = inputs[:_TENSORS]
+    ctx.rest, return_state = inputs[_TENSORS:-1], inputs[-1]
+    out, row_scale, row_sum, kv, z, log_scale, *near, chosen = output
     ctx.set_materialize_grads(False)
     # With a window the state is for decoding: it carries no gradient.
     window = ctx.rest[2]
     far = [kv, z] if window or not return_state else []
+    near = [x for x in near if x.is_floating_point()]
     ctx.mark_non_differentiable(row_scale, row_sum, log_scale, *near, *far)
-    ctx.save_for_backward(*tensors, out, row_scale, row_sum, kv, z, log_scale)
+    hard_keys = chosen if hard_keys is None else hard_keys
+    ctx.save_for_backward(*tensors, hard_keys, out, row_scale, row_sum, kv, z, log_scale)
 
 
 def _kernelized_backward(ctx, grad_out, _row_scale, _row_sum, grad_kv, grad_z, *_):
     saved = ctx.saved_tensors
-    inputs, rows, final = saved[:20], saved[20:23], saved[23:]
+    inputs, rows, final = saved[:_TENSORS], saved[_TENSORS:-3], saved[-3:]
     needed = ctx.needs_input_grad
     grad_params, grad_initial = any(needed[_PARAMS]), any(needed[_STATE])
     dq, dk, dv, *d_params, d_decay, d_kv, d_z = torch.ops.dijiang.kernelized_attention_bwd(
@@ -103,7 +107,8 @@ def _kernelized_backward(ctx, grad_out, _row_scale, _row_sum, grad_kv, grad_z, *
     d_params = _where_given(d_params, inputs[_PARAMS] if grad_params else (None,) * 6)
     (d_decay,) = _where_given((d_decay,), (inputs[_DECAY],))
     d_kv, d_z = _where_given((d_kv, d_z), inputs[_STATE] if grad_initial else (None, None))
-    return dq, dk, dv, *d_params, d_decay, None, d_kv, d_z, *(None,) * 14
+    nothing = len(needed) - _STATE.stop
+    return dq, dk, dv, *d_params, d_decay, None, d_kv, d_z, *(None,) * nothing
 
 
 register_autograd(
@@ -167,7 +172,7 @@ def _bump_versions(name, written):
 
 
 _bump_versions("linear_attention_update", slice(4, 7))
-_bump_versions("kernelized_attention_update", slice(10, 19))
+_bump_versions("kernelized_attention_update", slice(10, 25))
 
 # ---- helpers -----------------------------------------------------------------------------------
 

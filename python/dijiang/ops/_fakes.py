@@ -44,8 +44,9 @@ def _(q, k, v, log_decay, kv, z, log_scale, normalize, eps):
 @register_fake("dijiang::kernelized_attention_fwd")
 def _(
     q, k, v, q_omega, q_log_weight, q_beta, k_omega, k_log_weight, k_beta, log_decay, segments,
-    kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, kind, scale,
-    window, sinks, normalize, eps, return_state,
+    kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, cache_k, cache_v,
+    cache_position, cache_decay, cache_votes, cache_sums, hard_keys, kind, scale, window, sinks,
+    cache_size, normalize, eps, return_state,
 ):  # fmt: skip
     acc, heads = acc_dtype(q.dtype), k.shape[1]
     num_features = 0 if k_omega is None else k_omega.shape[1]
@@ -59,15 +60,18 @@ def _(
         q.new_empty(n, heads, sinks, q.shape[3]),
         q.new_empty(n, heads, sinks, v.shape[3]),
         q.new_empty(n if window or sinks else 0, dtype=torch.int64),
+        *_hard_key_state(q, k, v, log_decay, n, window, cache_size),
+        _chosen(q, k, segments, hard_keys, window, cache_size),
     )
 
 
 @register_fake("dijiang::kernelized_attention_bwd")
 def _(
     grad_out, q, k, v, q_omega, q_log_weight, q_beta, k_omega, k_log_weight, k_beta, log_decay,
-    segments, kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, out,
-    row_scale, row_sum, grad_final_kv, grad_final_z, final_kv, final_z, final_log_scale, kind,
-    scale, window, sinks, normalize, eps, grad_params, grad_initial,
+    segments, kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, cache_k,
+    cache_v, cache_position, cache_decay, cache_votes, cache_sums, hard_keys, out, row_scale,
+    row_sum, grad_final_kv, grad_final_z, final_kv, final_z, final_log_scale, kind, scale, window,
+    sinks, cache_size, normalize, eps, grad_params, grad_initial,
 ):  # fmt: skip
     params = (q_omega, q_log_weight, q_beta, k_omega, k_log_weight, k_beta)
     if not grad_params:
@@ -83,8 +87,9 @@ def _(
 @register_fake("dijiang::kernelized_attention_update")
 def _(
     q, k, v, q_omega, q_log_weight, q_beta, k_omega, k_log_weight, k_beta, log_decay, kv, z,
-    log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, kind, scale, window,
-    sinks, normalize, eps,
+    log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, cache_k, cache_v,
+    cache_position, cache_decay, cache_votes, cache_sums, kind, scale, window, sinks, cache_size,
+    normalize, eps,
 ):  # fmt: skip
     return q.new_empty(*q.shape[:3], v.shape[3])
 
@@ -102,6 +107,27 @@ def _far_state(q, k, v, num_features, segments, return_state):
     n = _num_seqs(q, segments) if return_state else 0
     z = q.new_empty(n, k.shape[1], num_features, dtype=acc_dtype(q.dtype))
     return z.new_empty(*z.shape, v.shape[3]), z, torch.empty_like(z)
+
+
+def _hard_key_state(q, k, v, log_decay, n, window, cache_size):
+    acc, heads, slots = acc_dtype(q.dtype), k.shape[1], cache_size
+    return (
+        q.new_empty(n, heads, slots, q.shape[3]),
+        q.new_empty(n, heads, slots, v.shape[3]),
+        q.new_empty(n, heads, slots, dtype=torch.int64),
+        q.new_empty(n, heads, 0 if log_decay is None else slots, dtype=acc),
+        q.new_empty(n if slots else 0, heads, slots + window, dtype=acc),
+        q.new_empty(n if slots else 0, heads, q.shape[3] + v.shape[3], dtype=acc),
+    )
+
+
+def _chosen(q, k, segments, given, window, cache_size):
+    if cache_size and given is not None:
+        return q.new_empty(0, dtype=torch.int32)
+    rows = 0
+    if cache_size:
+        rows = q.shape[0] * q.shape[2] // window + 2 * _num_seqs(q, segments)
+    return q.new_empty(k.shape[1], rows, cache_size, dtype=torch.int32)
 
 
 def _grads_of(*params):

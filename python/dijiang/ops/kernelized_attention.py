@@ -31,6 +31,7 @@ def kernelized_attention(
     scale: float | None = None,
     window: int = 0,
     sinks: int = 0,
+    cache_size: int = 0,
     log_decay: Tensor | None = None,
     initial_state: AttentionState | None = None,
     cu_seqlens: Tensor | None = None,
@@ -38,7 +39,9 @@ def kernelized_attention(
     normalize: bool = True,
     eps: float = 0.0,
     return_state: bool = False,
-) -> Tensor | tuple[Tensor, AttentionState]:
+    hard_keys: Tensor | None = None,
+    return_hard_keys: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Causal attention, near keys exact and far keys by features, linear in seqlen.
 
     o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps), where key s is near (a sink: one of the
@@ -55,6 +58,7 @@ def kernelized_attention(
         scale: of q.k; None: 1 / sqrt(d).
         window: block length; 0: no window, and the token itself is far.
         sinks: tokens that stay exact for ever.
+        cache_size: hard keys a kv head that stay exact beyond the window; needs a window.
         log_decay: (Hkv,) or (B, Hkv, T), finite and <= 0, of far keys alone.
         initial_state: the state to start from, one row a sequence.
         cu_seqlens: int32 (N + 1), 0 = first, T = last: N sequences packed into B = 1 row.
@@ -63,6 +67,10 @@ def kernelized_attention(
         normalize: False drops the denominator.
         eps: added to the denominator. A row without any weight gives 0.
         return_state: return (out, state).
+        hard_keys: int32 (Hkv, rows, cache_size), positions to be kept instead of those that the
+            operator would choose: see `return_hard_keys` and docs/numerics.md, "Hard keys".
+        return_hard_keys: return hard_keys too, last. Row T_b // window + 2 n + j is about block j
+            of sequence n, whose first token is number T_b of all in memory; -1 is an empty slot.
 
     Returns:
         (B, H, T, dv) in the dtype of q. Differentiable in q, k, v, fq, fk and log_decay, and
@@ -82,36 +90,48 @@ def kernelized_attention(
     op = "kernelized_attention"
     q, k, v = autocast(q, k, v)
     params, log_decay, kind, scale = _prepare(
-        op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
+        op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps
     )
     segments = segments_of(op, q, cu_seqlens, seq_bounds)
     num_seqs = q.shape[0] if segments is None else segments.shape[0]
-    initial = (None,) * 9
+    initial = AttentionState(*(None,) * 9)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, num_seqs, q, k, v, fk, window, sinks,
-                     log_decay)  # fmt: skip
+                     cache_size, log_decay)  # fmt: skip
         _check_no_gradient(op, initial_state, window, sinks)
-        initial = [None if x is None else x.contiguous() for x in initial_state]
+        initial = AttentionState(*(None if x is None else x.contiguous() for x in initial_state))
         if not (window or sinks):
-            initial[-1] = None  # positions matter to window and sinks alone
-    out, _, _, *state = torch.ops.dijiang.kernelized_attention_fwd(
-        q, k, v, *params, log_decay, segments, *initial, kind, scale, window, sinks, normalize, eps,
-        return_state,
+            initial = initial._replace(length=None)  # positions matter to window and sinks alone
+    if hard_keys is not None:
+        hard_keys = _check_hard_keys(op, hard_keys, q, k, num_seqs, window, cache_size)
+    out, _, _, *state, chosen = torch.ops.dijiang.kernelized_attention_fwd(
+        q, k, v, *params, log_decay, segments, *initial, hard_keys, kind, scale, window, sinks,
+        cache_size, normalize, eps, return_state,
     )  # fmt: skip
-    if not return_state:
-        return out
+    results = [out]
+    if return_state:
+        results.append(_final_state(state, initial_state, q, segments, window, sinks, cache_size,
+                                    log_decay))  # fmt: skip
+    if return_hard_keys:
+        results.append(chosen if hard_keys is None else hard_keys)
+    return tuple(results) if len(results) > 1 else out
+
+
+def _final_state(state, initial_state, q, segments, window, sinks, cache_size, log_decay):
     state = AttentionState(*state)
+    if not cache_size:
+        state = AttentionState(*state[:9])
     if log_decay is None:
-        state = state._replace(window_decay=None)
+        state = state._replace(window_decay=None, cache_decay=None)
     if not (window or sinks):
         if segments is None:
-            length = torch.full((num_seqs,), q.shape[2], dtype=torch.int64, device=q.device)
+            length = torch.full((q.shape[0],), q.shape[2], dtype=torch.int64, device=q.device)
         else:
             length = (segments[:, 2] - segments[:, 1]).to(torch.int64)
         if initial_state is not None:
             length = length + initial_state.length
         state = state._replace(length=length)
-    return out, state
+    return state
 
 
 def kernelized_attention_update(
@@ -125,6 +145,7 @@ def kernelized_attention_update(
     scale: float | None = None,
     window: int = 0,
     sinks: int = 0,
+    cache_size: int = 0,
     log_decay: Tensor | None = None,
     normalize: bool = True,
     eps: float = 0.0,
@@ -155,7 +176,7 @@ def kernelized_attention_update(
     op = "kernelized_attention_update"
     q, k, v = autocast(q, k, v)
     # A step takes as long as its checks: those of a call like one before are passed over.
-    settings = (scale, window, sinks, normalize, eps)
+    settings = (scale, window, sinks, cache_size, normalize, eps)
     key = _signature((q, k, v, log_decay), state, fq, fk, settings)
     if key in _PASSED:
         kind, scale = _PASSED[key]
@@ -163,10 +184,11 @@ def kernelized_attention_update(
     else:
         given_decay = log_decay
         params, log_decay, kind, scale = _prepare(
-            op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps
+            op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps
         )
         check_one_token(op, q)
-        _check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, log_decay)
+        _check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, cache_size,
+                     log_decay)  # fmt: skip
         for name, x in zip(state._fields, state, strict=True):
             if x is not None and not x.is_contiguous():
                 raise ValueError(f"{op}: state.{name} must be contiguous: it is written in place")
@@ -180,8 +202,8 @@ def kernelized_attention_update(
     out = without_gradient(
         op,
         torch.ops.dijiang.kernelized_attention_update,
-        q, k, v, *params, log_decay, *state[:-1], state.length if near else None, kind, scale,
-        window, sinks, normalize, eps,
+        q, k, v, *params, log_decay, *state[:8], state.length if near else None, *state[9:], kind,
+        scale, window, sinks, cache_size, normalize, eps,
     )  # fmt: skip
     if not near:
         state.length.add_(1)  # no kernel needs it, but callers count on it
@@ -219,15 +241,20 @@ def _params_of(fq, fk):
     return (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
 
 
-def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
+def _prepare(op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps):
     check_qkv(op, q, k, v, "headdim")
     check_eps(op, eps)
     scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale
     if scale is None or not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
-    for name, count in (("window", window), ("sinks", sinks)):
+    for name, count in (("window", window), ("sinks", sinks), ("cache_size", cache_size)):
         if count < 0:
             raise ValueError(f"{op}: {name} must not be negative, got {count}")
+    if cache_size and not window:
+        raise ValueError(
+            f"{op}: cache_size={cache_size} is of keys that leave a window, and window is 0. "
+            "Give a window, or cache_size=0"
+        )
     log_decay = per_token_decay(op, log_decay, q, k)
     params, kind = (None,) * 6, KINDS["exp"]
     if (fq is None) != (fk is None):
@@ -250,7 +277,7 @@ def _prepare(op, q, k, v, fq, fk, scale, window, sinks, log_decay, eps):
     return params, log_decay, kind, scale
 
 
-def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, log_decay):
+def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_size, log_decay):
     if not isinstance(state, AttentionState):
         raise TypeError(f"{op}: {name} must be AttentionState, got {type(state).__name__}")
     acc = acc_dtype(q.dtype)
@@ -262,6 +289,12 @@ def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, log_deca
             f"{op}: {name} must be one {wanted} decay, as log_decay is: "
             f"empty_attention_state(..., decay={log_decay is not None})"
         )
+    slots = 0 if state.cache_k is None else state.cache_k.shape[2]
+    if slots != cache_size:
+        raise ValueError(
+            f"{op}: {name} must have {cache_size} slots for hard keys, as cache_size says, got "
+            f"{slots}: empty_attention_state(..., cache_size={cache_size})"
+        )
     expected = {
         "kv": ((features, headdim_v), "features, headdim_v", acc),
         "z": ((features,), "features", acc),
@@ -272,6 +305,20 @@ def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, log_deca
         "sink_k": ((sinks, headdim), "sinks, headdim", q.dtype),
         "sink_v": ((sinks, headdim_v), "sinks, headdim_v", q.dtype),
     }
+    if cache_size:
+        expected |= {
+            "cache_k": ((cache_size, headdim), "cache_size, headdim", q.dtype),
+            "cache_v": ((cache_size, headdim_v), "cache_size, headdim_v", q.dtype),
+            "cache_position": ((cache_size,), "cache_size", torch.int64),
+            "cache_decay": ((cache_size,), "cache_size", acc),
+            "cache_votes": ((cache_size + window,), "cache_size + window", acc),
+            "cache_sums": ((headdim + headdim_v,), "headdim + headdim_v", acc),
+        }
+        required = [n for n in expected if n.startswith("cache") and n != "cache_decay"]
+        required += [] if log_decay is None else ["cache_decay"]
+        for field in required:
+            if getattr(state, field) is None:
+                raise ValueError(f"{op}: {name}.{field} must be a tensor, got None")
     for field, (shape, legend, dtype) in expected.items():
         x = getattr(state, field)
         if x is not None:
@@ -280,10 +327,20 @@ def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, log_deca
     check_like(op, f"{name}.length", state.length, (num_seqs,), "(sequences)", q, torch.int64)
 
 
+def _check_hard_keys(op, hard_keys, q, k, num_seqs, window, cache_size):
+    """What they hold is checked where they are read."""
+    if not cache_size:
+        raise ValueError(f"{op}: hard_keys belong to cache_size > 0, got cache_size 0")
+    rows = q.shape[0] * q.shape[2] // window + 2 * num_seqs
+    check_like(op, "hard_keys", hard_keys, (k.shape[1], rows, cache_size),
+               "(kv heads, rows, cache_size)", q, torch.int32)  # fmt: skip
+    return hard_keys.contiguous()
+
+
 def _check_no_gradient(op, state, window, sinks):
     if not torch.is_grad_enabled():
         return
-    near = (x for x in state[3:-1] if x is not None)
+    near = (x for x in state[3:] if x is not None)
     if any(x.requires_grad for x in (state if window else near) if x is not None):
         raise ValueError(
             f"{op}: with window or sinks initial_state carries no gradient: detach its tensors"
