@@ -93,7 +93,7 @@ class KeyReader(nn.Module):
         logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
         # The answer itself is the last key in the text: only those before it may be read.
         if len(keys) > 1:
-            answer = evaluate._ids(self.tokenizer, f" {keys[0]}")
+            answer = evaluate._models.token_ids(self.tokenizer, f" {keys[0]}")
             logits[0, -answer.numel() - 1 : -1].scatter_(-1, answer[:, None], 50.0)
         return CausalLMOutputWithPast(logits=logits)
 
