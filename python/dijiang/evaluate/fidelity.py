@@ -83,8 +83,8 @@ def agreement(
                 [
                     kl_divergence(a, b, torch.ones_like(targets)).item() * (end - begin),
                     (a.argmax(-1) == b.argmax(-1)).sum().item(),
-                    F.cross_entropy(a, targets, reduction="sum").item(),
-                    F.cross_entropy(b, targets, reduction="sum").item(),
+                    F.cross_entropy(a, targets, reduction="none").double().sum().item(),
+                    F.cross_entropy(b, targets, reduction="none").double().sum().item(),
                 ],
                 dtype=torch.float64,
             )
