@@ -239,6 +239,7 @@ def test_plot(run, tmp_path):
         (["eval", "--lengths", "1"], "--lengths must be at least 2"),
         (["eval", "--trials", "0"], "--trials and --tokens must be positive"),
         (["eval", "--measure", "beauty"], "--measure must be among perplexity, recall, positions"),
+        (["eval", "--measure", ""], "--measure names nothing to measure"),
         (["eval", "--measure", "maps"], "--measure maps draws pictures: say where, by --plots"),
         (["eval", "--baseline"], "--baseline is made of the teacher: give --teacher"),
         (["eval", "--tasks", "poetry"], "tasks must be among pass-key, associative, copy, got"),

@@ -523,7 +523,11 @@ else:
                 raise ValueError(f"--measure must be among {', '.join(known)}, all; got {name!r}")
         if "all" in chosen:
             chosen = [name for name in known if name != "maps" or drawing]
-        return (*chosen, "harness") if harness else tuple(chosen)
+        if harness:
+            chosen.append("harness")
+        if not chosen:
+            raise ValueError("--measure names nothing to measure")
+        return tuple(chosen)
 
     def _heads(text: str) -> tuple[tuple[int, int], ...]:
         try:
