@@ -182,6 +182,12 @@ def test_eval_measures_everything(run, folder, text, tmp_path):
     assert code == 2
     assert f"{folder} is not converted, which agreement, attention asks for" in one_error_line(err)
 
+    alone = tmp_path / "far-alone"
+    assert run("convert", "--model", folder, "--preset", "paper", "--out", alone)[0] == 0
+    code, out, err = run("eval", "--model", alone, "--teacher", folder, "--baseline", *small)
+    assert code == 2 and out == ""
+    assert "takes its window and sinks from the student, which has neither" in one_error_line(err)
+
 
 def test_eval_on_tasks_of_the_harness(run, folder, text, monkeypatch):
     from dijiang.evaluate import suite

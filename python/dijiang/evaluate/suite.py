@@ -102,6 +102,11 @@ class _Suite:
         self._check(name, converted, teacher)
         window = model.config.dijiang["window"] if converted else 64
         sinks = model.config.dijiang["sinks"] if converted else 4
+        if baseline and not window and not sinks:
+            raise ValueError(
+                f"the {BASELINE} baseline takes its window and sinks from the student, which has "
+                "neither: leave it out"
+            )
         if self.reach is None:
             # Where far keys are all there is, or none is kept, distances as for the default window.
             self.reach = tuple((window or 64) * 2**i for i in range(5))
@@ -135,11 +140,6 @@ class _Suite:
             self._agreement(name, model, net, tokenizer)
             del model
         if near:
-            if not any(near):
-                raise ValueError(
-                    f"the {BASELINE} baseline takes its window and sinks from the student, which "
-                    "has neither"
-                )
             with self.reporter.stage("converting to window and sinks"):
                 convert(net, DiJiangConfig.window_only(*near))
             self._alone(BASELINE, net, tokenizer)
