@@ -182,6 +182,10 @@ def test_eval_measures_everything(run, folder, text, tmp_path):
     assert code == 2
     assert f"{folder} is not converted, which agreement, attention asks for" in one_error_line(err)
 
+    code, out, err = run("eval", "--model", folder, "--teacher", student, "--baseline", *small)
+    assert code == 2 and out == ""
+    assert f"{student} is converted: give the model it was converted from" in one_error_line(err)
+
     alone = tmp_path / "far-alone"
     assert run("convert", "--model", folder, "--preset", "paper", "--out", alone)[0] == 0
     code, out, err = run("eval", "--model", alone, "--teacher", folder, "--baseline", *small)

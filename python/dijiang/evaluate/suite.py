@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import data
+from ..config import DiJiangConfig
 from ..console import Silent
 from .attention import MAP_TOKENS, AttentionMap, attention_errors, attention_maps
 from .fidelity import agreement
@@ -98,51 +99,44 @@ class _Suite:
             )
         name, load = student
         model, tokenizer = load()
-        converted = is_converted(model)
-        self._check(name, converted, teacher)
-        window = model.config.dijiang["window"] if converted else 64
-        sinks = model.config.dijiang["sinks"] if converted else 4
-        if baseline and not window and not sinks:
+        self._check(name, is_converted(model), teacher)
+        near = _near_keys(model) if is_converted(model) else DiJiangConfig.window_only()
+        if baseline and near is None:
             raise ValueError(
                 f"the {BASELINE} baseline takes its window and sinks from the student, which has "
                 "neither: leave it out"
             )
         if self.reach is None:
-            # Where far keys are all there is, or none is kept, distances as for the default window.
-            self.reach = tuple((window or 64) * 2**i for i in range(5))
+            # Where there is no window, as for the default one.
+            window = (near.window if near else 0) or DiJiangConfig().window
+            self.reach = tuple(window * 2**i for i in range(5))
         self._alone(name, model, tokenizer)
-        if self.wants("attention"):
-            with self.reporter.stage(f"{name}: error of each layer's attention") as progress:
-                rows = attention_errors(model, self._long_blocks(tokenizer), progress=progress)
-            self._keep("attention", name, rows)
-        if self.wants("maps"):
-            with self.reporter.stage(f"{name}: attention maps"):
-                ids = self._prose(tokenizer)[:MAP_TOKENS]
-                self.maps = attention_maps(model, ids, self.settings.heads or _some_heads(model))
-        if self.wants("agreement") and teacher is None:
-            self._agreement(name, model, None, tokenizer)
-        if teacher is not None:
-            if not self.wants("agreement"):
-                model = None  # before the next one is loaded
-            self._beside(name, model, teacher, baseline and (window, sinks), convert)
-        if baseline and self.wants("perplexity"):
-            self._gap(name, teacher[0])
-        return Outcome(self.results, self.maps)
+        self._inside(name, model, tokenizer)
+        if teacher is None:
+            if self.wants("agreement"):
+                self._agreement(name, model, None, tokenizer)
+            return Outcome(self.results, self.maps)
 
-    def _beside(self, name, model, teacher, near, convert) -> None:
-        """The teacher, and what is made of it."""
-        from ..config import DiJiangConfig
-
+        if not self.wants("agreement"):
+            model = None  # before the next one is loaded
         other, load = teacher
         net, tokenizer = load()
-        self._alone(other, net, tokenizer)
+        if baseline and is_converted(net):
+            raise ValueError(
+                f"the {BASELINE} baseline is made of the teacher, but {other} is converted: give "
+                "the model it was converted from"
+            )
         if model is not None:
             self._agreement(name, model, net, tokenizer)
-            del model
-        if near:
+            model = None
+        self._alone(other, net, tokenizer)
+        if baseline:
             with self.reporter.stage("converting to window and sinks"):
-                convert(net, DiJiangConfig.window_only(*near))
+                convert(net, near)
             self._alone(BASELINE, net, tokenizer)
+            if self.wants("perplexity"):
+                self._gap(name, other)
+        return Outcome(self.results, self.maps)
 
     def _check(self, name: str, converted: bool, teacher) -> None:
         asks = {"attention", "maps"} | ({"agreement"} if teacher is None else set())
@@ -198,6 +192,17 @@ class _Suite:
                 made = lm_eval(model, tokenizer, settings.harness, limit=settings.limit)
             self.results.setdefault("harness", {})[name] = made["results"]
 
+    def _inside(self, name: str, model, tokenizer) -> None:
+        """What a converted model's layers are measured by."""
+        if self.wants("attention"):
+            with self.reporter.stage(f"{name}: error of each layer's attention") as progress:
+                rows = attention_errors(model, self._long_blocks(tokenizer), progress=progress)
+            self._keep("attention", name, rows)
+        if self.wants("maps"):
+            with self.reporter.stage(f"{name}: attention maps"):
+                ids = self._prose(tokenizer)[:MAP_TOKENS]
+                self.maps = attention_maps(model, ids, self.settings.heads or _some_heads(model))
+
     def _agreement(self, name: str, model, teacher, tokenizer) -> None:
         with self.reporter.stage(f"{name}: agreement with the teacher") as progress:
             made = agreement(model, teacher, self._long_blocks(tokenizer), progress=progress)
@@ -233,6 +238,12 @@ def _plain(made):
     return [dataclasses.asdict(row) for row in made] if isinstance(made, list) else (
         dataclasses.asdict(made)
     )  # fmt: skip
+
+
+def _near_keys(model) -> DiJiangConfig | None:
+    """The model's own window and sinks without far keys; None where it has neither."""
+    own = DiJiangConfig.from_dict(model.config.dijiang)
+    return DiJiangConfig.window_only(own.window, own.sinks) if own.has_near else None
 
 
 def _some_heads(model) -> Iterable[tuple[int, int]]:
