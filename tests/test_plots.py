@@ -101,6 +101,14 @@ def test_labels_name_units():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["softmax", "distilled"]
 
 
+def test_a_long_name_does_not_cover_the_plot():
+    _, axes = plots._figure(4, 3)
+    name = "a/" * 40 + "model"
+    plots._lines(axes, {name: [(1, 1.0)], "b": [(1, 2.0)]}, logy=False)
+    shown, short = (text.get_text() for text in axes.get_legend().get_texts())
+    assert short == "b" and len(shown) == 36 and shown.endswith("a/model") and shown[0] == "…"
+
+
 def test_far_off_values_get_a_log_axis():
     near = {"a": [{"length": 512, "perplexity": 30.0}], "b": [{"length": 512, "perplexity": 40.0}]}
     far = {"a": [{"length": 512, "perplexity": 30.0}], "b": [{"length": 512, "perplexity": 4e4}]}

@@ -15,6 +15,7 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
 _FAR_OFF = 8  # times the best perplexity: from here on a logarithmic axis
 #: The keys of a results.json that have a plot.
 DRAWN = ("perplexity", "recall", "decode", "training", "positions", "curves", "attention")
+_LONGEST = 36  # characters of a name in a legend
 _FAINTEST = 1e-4  # attention weight: less has the same colour
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -162,7 +163,7 @@ def attention_errors(rows: Mapping[str, Sequence[Mapping]], path: str | Path) ->
             [row["error"] for row in layers],
             0.92 * width,
             yerr=[row["standard_error"] for row in layers],
-            label=name,
+            label=_label(name),
             color=colour,
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor="white",
@@ -330,7 +331,7 @@ def _bars(axes, labels, values: Mapping[str, Sequence[float]], form: str) -> Non
             places,
             row,
             0.92 * width,
-            label=name,
+            label=_label(name),
             color=COLOURS[index % len(COLOURS)],
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor="white",
@@ -358,7 +359,7 @@ def _lines(
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            label=name,
+            label=_label(name),
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
@@ -384,6 +385,11 @@ def _log_scale(axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(name: str) -> str:
+    """A name as legends have it: of a long one, a path say, its end."""
+    return name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :]
 
 
 def _short(count: float) -> str:
