@@ -129,6 +129,91 @@ def test_tables_are_readable(run, folder, text):
     assert row.startswith(str(folder)) and row.endswith("%")
 
 
+def test_eval_measures_everything(run, folder, text, tmp_path):
+    """Student, teacher and training-free window side by side, in JSON and in pictures."""
+    pytest.importorskip("matplotlib")
+    from dijiang.evaluate.suite import BASELINE
+
+    student = tmp_path / "converted"
+    assert (
+        run("convert", "--model", folder, "--data", text, "--window", 8, "--out", student)[0] == 0
+    )
+    small = (
+        "--data", text, "--lengths", "64", "--tokens", 256, "--distances", 50, "--trials", 2,
+        "--position-length", 128, "--reach", "8,64", "--measure", "all",
+    )  # fmt: skip
+    plots = tmp_path / "plots"
+    code, out, err = run(
+        "eval", "--model", student, "--teacher", folder, "--baseline", *small, "--plots", plots,
+        "--heads", "1:3", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    made = json.loads(out)
+    names = [str(student), str(folder), BASELINE]
+    assert list(made["perplexity"]) == list(made["positions"]) == list(made["recall"]) == names
+    assert set(made["curves"]) == {"pass-key", "associative", "copy"}
+    for models in made["curves"].values():
+        assert [[row["distance"] for row in models[name]] for name in names] == [[8, 64]] * 3
+    assert [row["end"] for row in made["positions"][names[0]]["bins"]][-1] == 128
+    assert [row["layer"] for row in made["attention"][names[0]]] == [0, 1]
+    # The teacher of the agreement is the one of the positions: the same windows, the same loss.
+    agreement = made["agreement"][names[0]]
+    bins = made["positions"][names[1]]["bins"]
+    loss = sum(row["loss"] * row["tokens"] for row in bins) / sum(row["tokens"] for row in bins)
+    assert agreement["teacher"]["loss"] == pytest.approx(loss, rel=1e-5)
+    teacher, window = (made["perplexity"][name][0]["perplexity"] for name in names[1:])
+    assert set(made["gap_closed"]) == ({"64"} if window > teacher else set())
+    files = ["perplexity", "recall", "positions", "curves", "attention", "maps"]
+    assert made["plots"] == [str(plots / f"{name}.png") for name in files]
+    assert all((plots / f"{name}.png").exists() for name in files)
+
+    # The teacher in the student itself, and a table for a person.
+    code, out, err = run("eval", "--model", student, *small)
+    assert code == 0, err
+    for words in ("perplexity 64", "tokens before", "copy, ", "KL to the teacher", "worst head"):
+        assert words in out
+    assert not (tmp_path / "maps.png").exists()
+
+    # What a model that is not converted has no answer to is left out of "all" alone.
+    code, out, err = run("eval", "--model", folder, *small, "--json")
+    assert code == 0, err
+    assert list(json.loads(out)) == ["data", "perplexity", "recall", "positions", "curves"]
+    code, _, err = run("eval", "--model", folder, *small[:-1], "attention,agreement")
+    assert code == 2
+    assert f"{folder} is not converted, which agreement, attention asks for" in one_error_line(err)
+
+    code, out, err = run("eval", "--model", folder, "--teacher", student, "--baseline", *small)
+    assert code == 2 and out == ""
+    assert f"{student} is converted: give the model it was converted from" in one_error_line(err)
+
+    alone = tmp_path / "far-alone"
+    assert run("convert", "--model", folder, "--preset", "paper", "--out", alone)[0] == 0
+    code, out, err = run("eval", "--model", alone, "--teacher", folder, "--baseline", *small)
+    assert code == 2 and out == ""
+    assert "takes its window and sinks from the student, which has neither" in one_error_line(err)
+
+
+def test_eval_on_tasks_of_the_harness(run, folder, text, monkeypatch):
+    from dijiang.evaluate import suite
+
+    seen = []
+
+    def measured(model, tokenizer, tasks, limit=None):
+        seen.append((tasks, limit))
+        return {"results": {"piqa": {"acc,none": 0.25, "alias": "piqa"}}, "versions": {}}
+
+    monkeypatch.setattr(suite, "lm_eval", measured)
+    code, out, err = run(
+        "eval", "--model", folder, "--data", text, "--measure", "", "--lm-eval", "piqa,arc_easy",
+        "--limit", 5,
+    )  # fmt: skip
+    assert code == 0, err
+    assert seen == [(("piqa", "arc_easy"), 5)]
+    head, row = out.splitlines()
+    assert head.split() == ["task,", "metric", str(folder)]
+    assert row.split() == ["piqa,", "acc,none", "0.25"]
+
+
 def test_distill(run, folder, text, tmp_path):
     code, out, err = run(
         "distill", "--model", folder, "--data", text, "--window", 16, "--tokens", 512,
@@ -163,6 +248,14 @@ def test_plot(run, tmp_path):
         (["eval", "--lengths", "512,x"], "--lengths takes whole numbers by comma, got '512,x'"),
         (["eval", "--lengths", "1"], "--lengths must be at least 2"),
         (["eval", "--trials", "0"], "--trials and --tokens must be positive"),
+        (["eval", "--measure", "beauty"], "--measure must be among perplexity, recall, positions"),
+        (["eval", "--measure", ""], "--measure names nothing to measure"),
+        (["eval", "--measure", "maps"], "--measure maps draws pictures: say where, by --plots"),
+        (["eval", "--baseline"], "--baseline is made of the teacher: give --teacher"),
+        (["eval", "--tasks", "poetry"], "tasks must be among pass-key, associative, copy, got"),
+        (["eval", "--heads", "1"], "--heads takes layer:head by comma, got '1'"),
+        (["eval", "--reach", "0"], "--reach must be at least 1"),
+        (["eval", "--position-length", "1"], "--position-length must be at least 2, got 1"),
         (["eval", "--data", "gone.txt"], "gone.txt: no such file or folder"),
         (["eval", "--model", "./gone"], "gone"),
         (["generate", "--model", "./gone.gguf", "x"], "gone.gguf"),

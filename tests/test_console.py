@@ -67,3 +67,11 @@ def test_silent_says_nothing(capsys):
         progress(1, 1)
     reporter.say("x")
     assert capsys.readouterr() == ("", "")
+
+
+def test_table_columns_stand_under_each_other():
+    assert console.table(["model", "x"], [["a", "1.25"], ["longer name", "3"]]).split("\n") == [
+        "model           x",
+        "a            1.25",
+        "longer name     3",
+    ]

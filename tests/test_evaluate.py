@@ -1,4 +1,4 @@
-"""Perplexity, recall, decoding speed and cache size, against what can be worked out by hand."""
+"""Perplexity, pass keys, decoding speed and cache size, against what can be worked out by hand."""
 
 import dataclasses
 import json
@@ -66,6 +66,122 @@ def test_perplexity_refuses_a_flat_stream(model, prose):
         evaluate.perplexity(model, prose[:20])
 
 
+def test_positions_by_hand():
+    """Bins from 1, 2, 4 and 8 tokens before on; a wrong token costs log 30, a right one log 2."""
+    blocks = torch.arange(10).repeat(2, 1)
+    blocks[0, 9] = 0  # token 9 alone, the last bin's
+    blocks[1, 2:4] = 12  # tokens 2, 3 and 4: behind 12 comes 12, then 4
+    made = evaluate.perplexity_by_position(Counter(16, 0.5), blocks)
+    assert (made.length, made.windows) == (10, 2)
+    assert [(b.begin, b.end, b.tokens) for b in made.bins] == [
+        (1, 2, 2), (2, 4, 4), (4, 8, 8), (8, 10, 4)
+    ]  # fmt: skip
+    two, thirty = math.log(2), math.log(30)
+    windows = [
+        (two, two),
+        (two, thirty),
+        (two, (thirty + 3 * two) / 4),
+        ((two + thirty) / 2, two),
+    ]
+    for one, (first, second) in zip(made.bins, windows, strict=True):
+        assert one.loss == pytest.approx((first + second) / 2, rel=1e-6)
+        assert one.perplexity == pytest.approx(math.exp(one.loss))
+        assert one.standard_error == pytest.approx(abs(first - second) / 2, abs=1e-6)
+
+
+def test_positions_are_the_models_own_losses(model, prose):
+    blocks = data.cut(prose, 600, blocks=2)  # bins and slices of logits do not end together
+    made = evaluate.perplexity_by_position(model, blocks, edges=[3, 250, 600])
+    with torch.no_grad():
+        logits = model(blocks, use_cache=False).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.mT, blocks[:, 1:], reduction="none")
+    assert [b.loss for b in made.bins] == pytest.approx(
+        [losses[:, 2:249].mean().item(), losses[:, 249:].mean().item()], rel=1e-5
+    )
+    # All bins together are perplexity.
+    bins = evaluate.perplexity_by_position(model, blocks).bins
+    assert [b.begin for b in bins] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    whole = sum(b.loss * b.tokens for b in bins) / sum(b.tokens for b in bins)
+    assert whole == pytest.approx(evaluate.perplexity(model, blocks).loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("edges", [[0, 4], [1], [1, 4, 4], [1, 17], [8, 2]])
+def test_positions_refuse_edges(model, prose, edges):
+    with pytest.raises(ValueError, match=r"edges must grow from at least 1 to at most .* 16, got"):
+        evaluate.perplexity_by_position(model, data.cut(prose, 16, blocks=1), edges)
+
+
+def test_a_window_forgets_what_positions_show(prose, tokenizer):
+    """A text that repeats every 40 tokens: who sees 40 back falls, who sees 8 back does not."""
+
+    class Repeats(Counter):
+        def __init__(self, vocab, reach):
+            super().__init__(vocab, 0.9)
+            self.reach = reach
+
+        def forward(self, input_ids, use_cache=False):
+            period, n = 40, input_ids.shape[1]
+            probabilities = torch.full((1, n, self.vocab), 1 / self.vocab)
+            if self.reach >= period:
+                for t in range(period - 1, n):
+                    probabilities[0, t] = 0.1 / (self.vocab - 1)
+                    probabilities[0, t, input_ids[0, t + 1 - period]] = 0.9
+            return CausalLMOutputWithPast(logits=probabilities.log())
+
+    block = prose[:40].repeat(5)[None]
+    vocab = len(tokenizer)
+    far = evaluate.perplexity_by_position(Repeats(vocab, 64), block, [1, 40, 200]).bins
+    near = evaluate.perplexity_by_position(Repeats(vocab, 8), block, [1, 40, 200]).bins
+    assert far[0].perplexity == pytest.approx(vocab, rel=1e-4)
+    assert far[1].perplexity == pytest.approx(1 / 0.9, rel=1e-4)
+    assert near[1].perplexity == pytest.approx(vocab, rel=1e-4)
+
+
+def test_the_head_sees_a_slice_at_a_time(model, prose):
+    """Logits of a whole window are never there, and the slices are the whole window's."""
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: rows.append(out.shape[-2]))
+    ids = prose[:700]
+    with torch.inference_mode():
+        logits = evaluate._models.sliced_logits(model, ids)
+        parts = [logits(begin, end) for begin, end in evaluate._models.slices(700)]
+    hook.remove()
+    assert sum(rows) == 702 and max(rows) <= evaluate._models.SLICE
+    with torch.no_grad():
+        expected = model(ids[None], use_cache=False).logits[0]
+    assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_what_a_model_does_to_its_logits_is_kept(prose):
+    """Granite divides them: the head alone would give others."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    granite = GraniteForCausalLM(
+        GraniteConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, logits_scaling=0.1,
+        )
+    ).eval()  # fmt: skip
+    blocks = data.cut(prose, 80, blocks=2)
+    expected = torch.stack([granite(row[None], labels=row[None]).loss for row in blocks]).mean()
+    assert evaluate.perplexity(granite, blocks).loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_gap_closed():
+    def measured(value, tokens=27):
+        return evaluate.Perplexity(10, tokens, math.log(value), value, 0.0)
+
+    assert evaluate.gap_closed(10.0, 15.0, 12.0) == pytest.approx(0.6)
+    assert evaluate.gap_closed(measured(10), measured(15), measured(16)) == pytest.approx(-0.2)
+    assert evaluate.gap_closed(10.0, 15.0, 10.0) == 1.0
+    with pytest.raises(ValueError, match="worse than the teacher for a gap to close, got"):
+        evaluate.gap_closed(10.0, 10.0, 10.0)
+    with pytest.raises(ValueError, match="on the same windows, got"):
+        evaluate.gap_closed(measured(10), measured(15, tokens=9), measured(12))
+
+
 def test_progress_reaches_the_end(model, tokenizer, prose):
     seen = []
     note = lambda done, total: seen.append((done, total))  # noqa: E731
@@ -93,7 +209,7 @@ class KeyReader(nn.Module):
         logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
         # The answer itself is the last key in the text: only those before it may be read.
         if len(keys) > 1:
-            answer = evaluate._ids(self.tokenizer, f" {keys[0]}")
+            answer = evaluate._models.token_ids(self.tokenizer, f" {keys[0]}")
             logits[0, -answer.numel() - 1 : -1].scatter_(-1, answer[:, None], 50.0)
         return CausalLMOutputWithPast(logits=logits)
 

@@ -174,6 +174,8 @@ def kernel_mode(model, mode: str):
     - "transfer": hands softmax attention's output on, and leaves in ``kernel.loss`` its own
       output's squared error, relative to the mean square of softmax attention's.
     - "calibrate": hands softmax attention's output on, and sets the gate by it.
+    - "compare": hands softmax attention's output on, and leaves in ``kernel.loss``, (2, heads), the
+      sums of squares of its own output's error and of softmax attention's output.
     """
     kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
     for kernel in kernels:
@@ -213,6 +215,12 @@ def _kernelized(module, query, key, value, scaling, *, seq_bounds=None, padding=
             teacher = teacher * real[:, None, :, None]
     if kernel.mode == "calibrate":
         calibrate_gate(kernel, query, key, value, teacher, seq_bounds)
+        return teacher
+    if kernel.mode == "compare":
+        with torch.no_grad():
+            student = kernel(query, key, value, hidden=hidden, **layout)
+            error = (student.float() - teacher.float()).square().sum((0, 2, 3))
+            kernel.loss = torch.stack([error, teacher.float().square().sum((0, 2, 3))])
         return teacher
     with torch.enable_grad():
         query, key, value = query.detach(), key.detach(), value.detach()

@@ -31,7 +31,7 @@ if typer is None:
         return 2
 
 else:
-    from .console import Terminal, error_line
+    from .console import Terminal, error_line, table
 
     app = typer.Typer(
         name="dijiang",
@@ -231,54 +231,112 @@ else:
             str | None,
             typer.Option(help="A second model to measure beside the first.", show_default=False),
         ] = None,
+        baseline: Annotated[
+            bool,
+            typer.Option("--baseline", help="Measure the teacher's training-free window, too."),
+        ] = False,
         data: Data = None,
+        measure: Annotated[
+            str,
+            typer.Option(
+                help="By comma: perplexity, recall (a pass key), positions (perplexity by tokens "
+                "seen), curves (recall, 1 to 16 windows back), agreement (KL, likeliest token), "
+                "attention (each layer's error), maps; or all that the models allow."
+            ),
+        ] = "perplexity,recall",
         lengths: Annotated[str, typer.Option(help="Window lengths, by comma.")] = "512,2048",
         tokens: Annotated[int, typer.Option(help="Tokens for each length.")] = 8192,
         distances: Annotated[
             str, typer.Option(help="Pass-key distances, by comma; empty: none.")
         ] = "200,400",
-        trials: Annotated[int, typer.Option(help="Pass keys for each distance.")] = 10,
+        trials: Annotated[int, typer.Option(help="Questions for each distance.")] = 10,
+        position_length: Annotated[
+            int, typer.Option(help="Window of positions, agreement and attention.")
+        ] = 2048,
+        tasks: Annotated[
+            str, typer.Option(help="Of the recall curves: pass-key, associative, copy.")
+        ] = "pass-key,associative,copy",
+        reach: Annotated[
+            str | None,
+            typer.Option(
+                help="Their distances, by comma.",
+                show_default="1 to 16 times the model's window",
+            ),
+        ] = None,
+        heads: Annotated[
+            str | None,
+            typer.Option(
+                help="Of the maps, as layer:head by comma.",
+                show_default="the first of three layers",
+            ),
+        ] = None,
+        harness: Annotated[
+            str | None,
+            typer.Option(
+                "--lm-eval",
+                help="Tasks of lm-evaluation-harness, by comma; it gets their data itself.",
+                show_default=False,
+            ),
+        ] = None,
+        limit: Annotated[
+            int | None, typer.Option(help="Documents of each such task.", show_default=False)
+        ] = None,
+        plots: Annotated[
+            Path | None, typer.Option(help="Folder to draw in.", show_default=False)
+        ] = None,
         as_json: Json = False,
     ):
-        """Perplexity on held-out text and pass-key recall.
+        """Measure a model: perplexity on held-out text, recall, closeness to its teacher.
 
         Example: `dijiang eval --model demo-out/model --lengths 512,2048`
+
+        Everything: `dijiang eval --model student --teacher base --baseline --measure all
+        --plots plots`
         """
         from . import data as text
-        from . import evaluate as measure
+        from .evaluate import report, suite
 
-        sizes = _numbers(lengths, "--lengths", least=2)
-        gaps = _numbers(distances, "--distances", least=1) if distances.strip() else []
+        chosen = _measures(measure, plots is not None, bool(harness))
+        settings = suite.Settings(
+            measures=chosen,
+            lengths=tuple(_numbers(lengths, "--lengths", least=2)),
+            tokens=tokens,
+            distances=tuple(
+                _numbers(distances, "--distances", least=1) if distances.strip() else ()
+            ),
+            trials=trials,
+            position_length=position_length,
+            tasks=tuple(_words(tasks)),
+            reach=None if reach is None else tuple(_numbers(reach, "--reach", least=1)),
+            heads=None if heads is None else _heads(heads),
+            harness=tuple(_words(harness or "")),
+            limit=limit,
+            lenient="all" in _words(measure),
+        )
         if trials < 1 or tokens < 1:
             raise ValueError(f"--trials and --tokens must be positive, got {trials} and {tokens}")
+        if position_length < 2:
+            raise ValueError(f"--position-length must be at least 2, got {position_length}")
+        if "maps" in chosen and plots is None:
+            raise ValueError("--measure maps draws pictures: say where, by --plots FOLDER")
+        if baseline and teacher is None:
+            raise ValueError("--baseline is made of the teacher: give --teacher, not converted")
         console = _terminal(as_json)
         corpus = text.load_text(data)
-        result: dict[str, Any] = {"data": corpus.name, "perplexity": {}, "recall": {}}
-        names = [model or "default model", *([teacher] if teacher else [])]
-        for name, spec in zip(names, [model, teacher], strict=False):
-            net, tokenizer = _load(spec, console)
-            prose = text.tokenize(corpus.held_out, tokenizer)
-            held = f"{corpus.name}, held-out part"
-            blocks = [
-                text.cut(prose, size, blocks=max(1, tokens // size), name=held) for size in sizes
-            ]
-            rows = []
-            for size, block in zip(sizes, blocks, strict=True):
-                with console.stage(f"{name}: perplexity at {size}") as progress:
-                    rows.append(measure.perplexity(net, block, progress=progress))
-            result["perplexity"][name] = [dataclasses.asdict(row) for row in rows]
-            rows = []
-            for gap in gaps:
-                with console.stage(f"{name}: recall {gap} tokens back") as progress:
-                    rows.append(
-                        measure.pass_key_recall(
-                            net, tokenizer, prose, gap, trials=trials, progress=progress
-                        )
-                    )
-            result["recall"][name] = [dataclasses.asdict(row) for row in rows]
-        if not gaps:
-            del result["recall"]
-        _print(result, as_json, _quality_table(result))
+        done = suite.run(
+            (model or "default model", lambda: _load(model, console)),
+            corpus,
+            settings,
+            teacher=None if teacher is None else (teacher, lambda: _load(teacher, console)),
+            baseline=baseline,
+            reporter=console,
+        )
+        written = _draw(done, plots) if plots is not None else []
+        said = report.text(done.results)
+        if written:
+            done.results["plots"] = [str(path) for path in written]
+            said = "\n".join([said, "", *map(str, written)]).strip()
+        _print(done.results, as_json, said)
 
     @app.command()
     def generate(
@@ -451,6 +509,42 @@ else:
             raise ValueError(f"{option} must be at least {least} each, got {text!r}")
         return numbers
 
+    def _words(text: str) -> list[str]:
+        return [part.strip() for part in text.split(",") if part.strip()]
+
+    def _measures(text: str, drawing: bool, harness: bool) -> tuple[str, ...]:
+        """The measurements named; lm-evaluation-harness is asked for by its own option."""
+        from .evaluate.suite import MEASURES
+
+        known = [name for name in MEASURES if name != "harness"]
+        chosen = _words(text)
+        for name in chosen:
+            if name not in (*known, "all"):
+                raise ValueError(f"--measure must be among {', '.join(known)}, all; got {name!r}")
+        if "all" in chosen:
+            chosen = [name for name in known if name != "maps" or drawing]
+        if harness:
+            chosen.append("harness")
+        if not chosen:
+            raise ValueError("--measure names nothing to measure")
+        return tuple(chosen)
+
+    def _heads(text: str) -> tuple[tuple[int, int], ...]:
+        try:
+            pairs = [tuple(map(int, part.split(":"))) for part in _words(text)]
+            return tuple((layer, head) for layer, head in pairs)
+        except ValueError:
+            raise ValueError(f"--heads takes layer:head by comma, got {text!r}") from None
+
+    def _draw(done, folder: Path) -> list[Path]:
+        from . import plots
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written = plots.draw(done.results, folder) if plots.can_draw(done.results) else []
+        if done.maps:
+            written.append(plots.attention_maps(done.maps, folder / "maps.png"))
+        return written
+
     def _config(preset, feature_map, num_features, window, sinks):
         from .config import DiJiangConfig
 
@@ -521,28 +615,6 @@ else:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
-    def _table(header: list[str], rows: list[list[str]]) -> str:
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = []
-        for row in [header, *rows]:
-            first = row[0].ljust(widths[0])
-            rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join([first, *rest]))
-        return "\n".join(lines)
-
-    def _quality_table(result: dict[str, Any]) -> str:
-        first = next(iter(result["perplexity"].values()))
-        header = ["model", *(f"perplexity {row['length']}" for row in first)]
-        recall = result.get("recall", {})
-        if recall:
-            header += [f"recall {row['distance']}" for row in next(iter(recall.values()))]
-        rows = []
-        for name, points in result["perplexity"].items():
-            row = [name, *(f"{point['perplexity']:.2f}" for point in points)]
-            row += [f"{100 * point['accuracy']:.0f} %" for point in recall.get(name, [])]
-            rows.append(row)
-        return _table(header, rows)
-
     def _decode_table(decode: dict[str, Any]) -> str:
         header = ["context"]
         for name in decode:
@@ -553,7 +625,7 @@ else:
             for point in points:
                 row += [f"{point['tokens_per_second']:.1f}", f"{point['cache_bytes'] / 2**20:.1f}"]
             rows.append(row)
-        return _table(header, rows)
+        return table(header, rows)
 
 
 if __name__ == "__main__":

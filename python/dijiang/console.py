@@ -1,4 +1,4 @@
-"""Progress in the terminal: all of it on standard error, so that --json owns the other.
+"""What the terminal shows: progress, on standard error so that --json owns the other, and tables.
 
 A long job is given a reporter and opens a stage in it; what it gets back is the `progress(done,
 total)` that every function of evaluate takes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 Progress = Callable[[int, int], None]
 
@@ -88,3 +88,14 @@ def error_line(message: object) -> None:
     """One line on standard error, whatever the message held."""
     first, *rest = [line for line in str(message).splitlines() if line.strip()] or ["failed"]
     print(" ".join(["error:", first, *(line.strip() for line in rest)]), file=sys.stderr)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, the first one's words at the left, the others' at the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        first = row[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([first, *rest]))
+    return "\n".join(lines)

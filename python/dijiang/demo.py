@@ -481,7 +481,7 @@ def _verdict(results: Mapping[str, Any]) -> str:
         teacher, window, student = (point["perplexity"] for point in row)
         text = f"At {row[0]['length']} tokens distillation ends at {student:.2f}"
         if window > teacher:
-            share = 100 * (window - student) / (window - teacher)
+            share = 100 * evaluate.gap_closed(teacher, window, student)
             text += (
                 f": {share:.0f} % of the way from the training-free window ({window:.2f}) to the "
                 f"teacher ({teacher:.2f})"

@@ -13,6 +13,10 @@ from pathlib import Path
 COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
 _FAR_OFF = 8  # times the best perplexity: from here on a logarithmic axis
+#: The keys of a results.json that have a plot.
+DRAWN = ("perplexity", "recall", "decode", "training", "positions", "curves", "attention")
+_LONGEST = 36  # characters of a name in a legend
+_FAINTEST = 1e-4  # attention weight: less has the same colour
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -28,17 +32,27 @@ def draw(results: Mapping, folder: str | Path) -> list[Path]:
         written.append(perplexity(results["perplexity"], folder / "perplexity.png"))
     if results.get("recall"):
         written.append(recall(results["recall"], folder / "recall.png"))
+    order = list(results.get("perplexity") or ())
+    if results.get("positions"):
+        written.append(positions(results["positions"], folder / "positions.png", order))
+    if results.get("curves"):
+        written.append(recall_curves(results["curves"], folder / "curves.png", order))
+    if results.get("attention"):
+        written.append(attention_errors(results["attention"], folder / "attention.png"))
     if results.get("decode"):
-        order = list(results.get("perplexity") or ())
         written.append(decode(results["decode"], folder / "decode.png", order))
     if results.get("training"):
         written.append(training(results["training"], folder / "training.png"))
     if all(results.get(key) for key in ("perplexity", "decode")):
         written.append(summary(results, folder / "summary.png"))
     if not written:
-        known = "perplexity, recall, decode, training"
-        raise ValueError(f"nothing to draw: the results have none of {known}")
+        raise ValueError(f"nothing to draw: the results have none of {', '.join(DRAWN)}")
     return written
+
+
+def can_draw(results: Mapping) -> bool:
+    """Whether draw would find anything to draw."""
+    return any(results.get(key) for key in DRAWN)
 
 
 def perplexity(rows: Mapping[str, Sequence[Mapping]], path: str | Path) -> Path:
@@ -71,6 +85,125 @@ def decode(
     figure, (left, right) = _figure(10.0, 4.0, columns=2)
     _speed_lines(left, rows, order)
     _cache_lines(right, rows, order)
+    return _save(figure, path)
+
+
+def positions(rows: Mapping[str, Mapping], path: str | Path, order: Sequence[str] = ()) -> Path:
+    """Perplexity by tokens seen: {model: evaluate.PositionalPerplexity as dict}, with its error.
+
+    A point stands at its bin's first position.
+    """
+    figure, axes = _figure(7.0, 4.5)
+    series = {}
+    for index, (name, one) in zip(_places(rows, order), rows.items(), strict=True):
+        bins = one["bins"]
+        series[name] = [(row["begin"], row["perplexity"]) for row in bins]
+        # nan, of a single window, leaves the band out.
+        spread = [math.exp(row["standard_error"]) for row in bins]
+        axes.fill_between(
+            [row["begin"] for row in bins],
+            [row["perplexity"] / by for row, by in zip(bins, spread, strict=True)],
+            [row["perplexity"] * by for row, by in zip(bins, spread, strict=True)],
+            color=COLOURS[index % len(COLOURS)],
+            alpha=0.15,
+            linewidth=0,
+        )
+    _lines(axes, series, logy=True, order=order)
+    windows = next(iter(rows.values()))["windows"]
+    axes.set_xlabel("tokens before the predicted one (at least; to the next mark)")
+    axes.set_ylabel("perplexity, lower is better")
+    axes.set_title(f"Held-out perplexity by position ({windows} windows, ± standard error)")
+    return _save(figure, path)
+
+
+def recall_curves(
+    rows: Mapping[str, Mapping[str, Sequence[Mapping]]],
+    path: str | Path,
+    order: Sequence[str] = (),
+) -> Path:
+    """Recall against distance: {task: {model: [evaluate.Recall as dict, ...]}}, a panel a task."""
+    figure, axes = _figure(5.0 * len(rows), 4.0, columns=len(rows))
+    panels = axes if len(rows) > 1 else [axes]
+    for axis, (task, models) in zip(panels, rows.items(), strict=True):
+        for index, points in zip(_places(models, order), models.values(), strict=True):
+            axis.errorbar(
+                [row["distance"] for row in points],
+                [100.0 * row["accuracy"] for row in points],
+                [100.0 * row["standard_error"] for row in points],
+                color=COLOURS[index % len(COLOURS)],
+                linestyle="none",
+                capsize=3,
+                linewidth=1,
+            )
+        series = {
+            name: [(row["distance"], 100.0 * row["accuracy"]) for row in points]
+            for name, points in models.items()
+        }
+        _lines(axis, series, logy=False, order=order)
+        trials = next(iter(models.values()))[0]["trials"]
+        axis.set_ylim(-5, 105)
+        axis.set_xlabel("tokens back")
+        axis.set_ylabel("answer tokens right (%), higher is better")
+        axis.set_title(f"{task} ({trials} trials, ± standard error)")
+    return _save(figure, path)
+
+
+def attention_errors(rows: Mapping[str, Sequence[Mapping]], path: str | Path) -> Path:
+    """Bars of attention output error by layer: {model: [evaluate.LayerError as dict, ...]}.
+
+    A dot is a head, a bar its layer, with its standard error.
+    """
+    figure, axes = _figure(9.0, 4.0)
+    width = 0.8 / len(rows)
+    for index, (name, layers) in enumerate(rows.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        at = [row["layer"] + (index - (len(rows) - 1) / 2) * width for row in layers]
+        axes.bar(
+            at,
+            [row["error"] for row in layers],
+            0.92 * width,
+            yerr=[row["standard_error"] for row in layers],
+            label=_label(name),
+            color=colour,
+            hatch=HATCHES[index % len(HATCHES)],
+            edgecolor="white",
+            error_kw={"linewidth": 1},
+        )
+        dots = [(x, y) for x, row in zip(at, layers, strict=True) for y in row["heads"]]
+        axes.plot(*zip(*dots, strict=True), ".", color="black", markersize=3, alpha=0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer (dots: its heads)")
+    axes.set_ylabel("|kernelised - softmax|² / |softmax|²")
+    axes.set_title("Error of attention's output, lower is better")
+    axes.legend(fontsize=7)
+    _grid(axes)
+    return _save(figure, path)
+
+
+def attention_maps(maps: Sequence, path: str | Path) -> Path:
+    """Attention maps, softmax left and kernelised right: a row an evaluate.AttentionMap.
+
+    One logarithmic scale for all, so that a colour is the same weight everywhere.
+    """
+    figure, axes = _figure(7.5, 3.4 * len(maps), columns=2, rows=len(maps))
+    from matplotlib.colors import LogNorm
+
+    panels = axes if len(maps) > 1 else [axes]
+    norm = LogNorm(_FAINTEST, 1.0, clip=True)
+    for (left, right), one in zip(panels, maps, strict=True):
+        for axis, name in ((left, "softmax"), (right, "kernelised")):
+            weights = one.teacher if name == "softmax" else one.student
+            # Later keys are no keys: white, unlike a weight of 0.
+            shown = [
+                [value if s <= t else math.nan for s, value in enumerate(row)]
+                for t, row in enumerate(weights.tolist())
+            ]
+            image = axis.imshow(shown, cmap="cividis", norm=norm, interpolation="nearest")
+            axis.set_title(f"layer {one.layer}, head {one.head}: {name}", fontsize=9)
+            axis.set_xlabel("key")
+            axis.set_ylabel("query")
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
     return _save(figure, path)
 
 
@@ -175,7 +308,7 @@ def _cache_lines(axes, rows, order=()) -> None:
     axes.set_title("Memory of the past")
 
 
-def _figure(width: float, height: float, columns: int = 1):
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
     try:
         import matplotlib
     except ImportError as error:
@@ -187,7 +320,7 @@ def _figure(width: float, height: float, columns: int = 1):
     del matplotlib
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def _bars(axes, labels, values: Mapping[str, Sequence[float]], form: str) -> None:
@@ -198,7 +331,7 @@ def _bars(axes, labels, values: Mapping[str, Sequence[float]], form: str) -> Non
             places,
             row,
             0.92 * width,
-            label=name,
+            label=_label(name),
             color=COLOURS[index % len(COLOURS)],
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor="white",
@@ -226,7 +359,7 @@ def _lines(
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            label=name,
+            label=_label(name),
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
@@ -252,6 +385,11 @@ def _log_scale(axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(name: str) -> str:
+    """A name as legends have it: of a long one, a path say, its end."""
+    return name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :]
 
 
 def _short(count: float) -> str:
