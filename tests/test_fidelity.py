@@ -173,7 +173,9 @@ def test_attention_errors_of_some_layers(blocks):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("overrides", [{}, {"decay": "token"}, {"window": 0, "sinks": 0}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"decay": "token"}, {"window": 0, "sinks": 0}, {"cache_size": 3}]
+)
 def test_maps_make_the_outputs(blocks, overrides):
     """Weights times values are what each attention gives out."""
     model = converted(**overrides)

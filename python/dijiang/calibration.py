@@ -90,6 +90,9 @@ def _row_errors(kernel, q, k, v, teacher, totals):
     total = weights.sum(-1, keepdim=True)
     out_far = weights @ v / total.clamp(min=1e-30)
     mass_far = (total.clamp(min=1e-30).log() + max_q + max_k)[..., 0]
+    if kernel.config.cache_size:  # not all keys beyond the window are far, perhaps none
+        none = ~far.any(-1)
+        mass_teacher, mass_far = (x.masked_fill(none, -1e9) for x in (mass_teacher, mass_far))
 
     if totals is None:
         share = torch.sigmoid(mass_teacher - mass_near)  # of softmax attention on far keys
@@ -107,13 +110,8 @@ def _row_errors(kernel, q, k, v, teacher, totals):
 
 def _held(kernel, q, k, v, t):
     """(H, queries, T): the hard keys that queries t of one sequence see."""
-    config = kernel.config
-    _, table = ops.kernelized_attention(
-        q[None], k[None], v[None], scale=kernel.scale, window=config.window, sinks=config.sinks,
-        cache_size=config.cache_size, return_hard_keys=True,
-    )  # fmt: skip
     T = k.shape[1]
-    slots = table[:, t // config.window].long()
+    slots = kernel.hard_keys(q[None], k[None], v[None])[:, t // kernel.config.window].long()
     slots = torch.where(slots < 0, T, slots)
     held = torch.zeros(*slots.shape[:2], T + 1, dtype=torch.bool, device=k.device)
     return held.scatter_(2, slots, True)[..., :T].repeat_interleave(kernel.groups, 0)

@@ -77,6 +77,10 @@ else:
     Sinks = Annotated[
         int | None, typer.Option(help="Exact keys: first tokens.", show_default=False)
     ]
+    CacheSize = Annotated[
+        int | None,
+        typer.Option(help="Exact keys: chosen beyond the window, a kv head.", show_default=False),
+    ]
     Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
     def main() -> int:
@@ -142,6 +146,7 @@ else:
         num_features: NumFeatures = None,
         window: Window = None,
         sinks: Sinks = None,
+        cache_size: CacheSize = None,
         calibrate: Annotated[bool, typer.Option(help="Set the far keys' weight on text.")] = True,
         as_json: Json = False,
     ):
@@ -149,7 +154,7 @@ else:
 
         Example: `dijiang convert --out converted --window 64`
         """
-        config = _config(preset, feature_map, num_features, window, sinks)
+        config = _config(preset, feature_map, num_features, window, sinks, cache_size)
         console = _terminal(as_json)
         student, tokenizer = _load_plain(model, console)
         from .conversion import convert as convert_model
@@ -173,6 +178,7 @@ else:
         num_features: NumFeatures = None,
         window: Window = None,
         sinks: Sinks = None,
+        cache_size: CacheSize = None,
         tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 65536,
         transfer_tokens: Annotated[
             int | None,
@@ -191,7 +197,7 @@ else:
 
         Example: `dijiang distill --data notes/ --tokens 65536 --out student`
         """
-        config = _config(preset, feature_map, num_features, window, sinks)
+        config = _config(preset, feature_map, num_features, window, sinks, cache_size)
         console = _terminal(as_json)
         student, tokenizer = _load(model, console)
         from .conversion import convert as convert_model
@@ -545,7 +551,7 @@ else:
             written.append(plots.attention_maps(done.maps, folder / "maps.png"))
         return written
 
-    def _config(preset, feature_map, num_features, window, sinks):
+    def _config(preset, feature_map, num_features, window, sinks, cache_size):
         from .config import DiJiangConfig
 
         given = {
@@ -553,6 +559,7 @@ else:
             "num_features": num_features,
             "window": window,
             "sinks": sinks,
+            "cache_size": cache_size,
         }
         given = {name: value for name, value in given.items() if value is not None}
         make = {

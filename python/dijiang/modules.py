@@ -150,6 +150,17 @@ class AttentionKernel(nn.Module):
             decay=self.config.decay is not None, cache_size=self.config.cache_size,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def hard_keys(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """The hard keys that are chosen from these tokens (see kernelized_attention), or None."""
+        if not self.config.cache_size:
+            return None
+        _, table = ops.kernelized_attention(
+            q, k, v, scale=self.scale, window=self.config.window, sinks=self.config.sinks,
+            cache_size=self.config.cache_size, return_hard_keys=True,
+        )  # fmt: skip
+        return table
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, hidden: Tensor | None = None,
         state: AttentionState | None = None, return_state: bool = False,

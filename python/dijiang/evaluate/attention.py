@@ -150,7 +150,8 @@ def _weights(kernel, q, k, v, hidden) -> tuple[Tensor, Tensor]:
     fq, fk = kernel.feature_params()
     student = reference.kernelized_attention(
         q, k, one_hot, fq, fk, scale=kernel.scale, window=kernel.config.window,
-        sinks=kernel.config.sinks, log_decay=kernel.log_decay(hidden),
+        sinks=kernel.config.sinks, cache_size=kernel.config.cache_size,
+        hard_keys=kernel.hard_keys(q, k, v.float()), log_decay=kernel.log_decay(hidden),
     )[0]  # fmt: skip
     scores = kernel.scale * (q @ k.repeat_interleave(kernel.groups, 1).mT)[0]
     later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
