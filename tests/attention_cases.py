@@ -44,11 +44,9 @@ def near_cases(*cases):
     return pytest.mark.parametrize("near", cases, ids=ids)
 
 
-def skip_unsupported(device, dtype, near=()):
+def skip_unsupported(device, dtype):
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("float64 is supported on the CPU alone")
-    if device == "cuda" and "cache_size" in near:
-        pytest.skip("hard keys are supported on the CPU alone")
 
 
 def error(got, truth):

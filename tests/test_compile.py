@@ -6,7 +6,7 @@ from dataclasses import replace
 import attention_laws as laws
 import pytest
 import torch
-from attention_cases import DEVICES, make_case, near_cases, one_thread, skip_unsupported  # noqa: F401
+from attention_cases import DEVICES, make_case, near_cases, one_thread  # noqa: F401
 from dijiang import ops, reference
 from dijiang.ops import empty_attention_state
 
@@ -90,7 +90,6 @@ def test_opcheck_linear_attention_update(decay, device):
 @pytest.mark.parametrize("decay,packed,state", [(None, False, False), ("token", True, True)])
 @near_cases((0, 0), (4, 2), (4, 2, 3))
 def test_opcheck_kernelized_attention(near, decay, packed, state, device):
-    skip_unsupported(device, torch.float32, near)
     window, cache_size = near["window"], near.get("cache_size", 0)
     case = make_case("exp", decay, seqlen=20).to(torch.float32, device)
     segments, n = None, 2
@@ -127,7 +126,6 @@ def test_opcheck_kernelized_attention(near, decay, packed, state, device):
 @near_cases((0, 0), (4, 2), (4, 2, 3))
 @pytest.mark.parametrize("decay", [None, "token"])
 def test_opcheck_kernelized_attention_update(decay, near, device):
-    skip_unsupported(device, torch.float32, near)
     case = make_case("exp", decay, seqlen=1).to(torch.float32, device)
     state = new_state(2, near, decay, device)
     if not near["window"]:
@@ -157,9 +155,7 @@ def new_state(n, near, decay, device):
 @pytest.mark.parametrize("kind", ["given", "exp"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_attention(packed, kind, device):
-    options = {} if kind == "given" else {"window": 16, "sinks": 3}
-    if device == "cpu" and kind != "given":
-        options["cache_size"] = 5
+    options = {} if kind == "given" else {"window": 16, "sinks": 3, "cache_size": 5}
     case = make_case(kind, "head", batch=1, **options).to(torch.float32, device)
     if packed:
         ends = torch.tensor([0, 40, 150], dtype=torch.int32, device=device)
@@ -196,7 +192,6 @@ def test_compiled_with_dynamic_seqlen(device):
 @devices
 @near_cases((0, 0), (16, 0), (16, 2, 5))
 def test_compiled_update(near, device):
-    skip_unsupported(device, torch.float32, near)
     case = make_case("exp", "head", **near).to(torch.float32, device)
     _, state = case.slice(0, 60).run(return_state=True)
     expected, final = laws.token_by_token(case.slice(0, 70), state, 60)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from attention_cases import assert_close, make_case, one_thread  # noqa: F401
 from dijiang import reference
 from dijiang.ops import empty_attention_state, kernelized_attention, kernelized_attention_update
+from dijiang.ops._hard_keys import table_is_possible
 
 NEAR = {"window": 8, "sinks": 3, "cache_size": 6}
 
@@ -140,10 +141,12 @@ def test_each_row_of_decoding_turns_over_in_its_own_time():
 def test_refuses_tables_that_no_choice_makes(change, says):
     case = make_case("exp", batch=1, **NEAR).to(torch.float32)
     _, table = case.run(return_hard_keys=True)
+    assert table_is_possible(table, case.q, None, None, 8, 3)
     *where, key = change
     table[tuple(where)] = key
     with pytest.raises(RuntimeError, match=says):
         case.run(hard_keys=table)
+    assert not table_is_possible(table, case.q, None, None, 8, 3)
 
 
 def test_refuses_a_key_twice_and_a_gap():
@@ -153,9 +156,28 @@ def test_refuses_a_key_twice_and_a_gap():
     table[:, 3, 6] = 12
     with pytest.raises(RuntimeError, match="slot 6 must hold position -1"):
         case.run(hard_keys=table)
+    assert not table_is_possible(table, case.q, None, None, 8, 3)
     table[:, 3, 5:7] = torch.tensor([-1, 12])
     with pytest.raises(RuntimeError, match="no empty slot before it"):
         case.run(hard_keys=table)
+    assert not table_is_possible(table, case.q, None, None, 8, 3)
+
+
+def test_tables_of_packed_and_resumed_sequences_are_possible():
+    """The check that runs where the kernel's own does not: on another device."""
+    case = make_case("exp", batch=1, **NEAR)
+    ends = torch.tensor([0, 1, 40, 40, 103, 150], dtype=torch.int32)
+    _, states, packed = case.run(cu_seqlens=ends, return_state=True, return_hard_keys=True)
+    begin, end = ends[:-1], ends[1:]
+    segments = torch.stack([torch.zeros_like(begin), begin, end], 1)
+    assert table_is_possible(packed, case.q, segments, None, 8, 3)
+    _, resumed = case.run(cu_seqlens=ends, initial_state=states, return_hard_keys=True)
+    assert table_is_possible(resumed, case.q, segments, states, 8, 3)
+    assert not table_is_possible(resumed, case.q, segments, None, 8, 3)
+    assert not table_is_possible(packed, case.q, segments, states, 8, 3)
+    case = make_case("exp", **NEAR)
+    _, table = case.run(return_hard_keys=True)
+    assert table_is_possible(table, case.q, None, None, 8, 3)
 
 
 def test_refuses_by_name():

@@ -1,71 +1,12 @@
-// The phases that forward and backward share: chunk table, decay levels, features, local states
-// and the scan that turns them into the states before each chunk.
+// The phases that forward and backward share: chunk table, hard keys, decay levels, features, local
+// states and the scan that turns them into the states before each chunk.
 #pragma once
 
-#include "cuda/attention_layout.h"
+#include "cuda/hard_keys.h"
 
 namespace dijiang::cuda {
 
 // --- chunk table ---------------------------------------------------------------------------------
-
-struct Sequence {
-  int batch;
-  int begin;
-  int64_t length;
-  int64_t start_pos;
-  int64_t first_chunk;  // in units of chunk_size positions; 0 when w = 0
-  int64_t chunks;
-};
-
-__device__ inline int64_t non_negative(int64_t x) { return x > 0 ? x : 0; }
-
-__device__ inline Sequence find_sequence(const Attention& a, int64_t n) {
-  const LinearAttentionParams& p = a.params;
-  Sequence s;
-  s.batch = p.segments ? p.segments[3 * n] : static_cast<int>(n);
-  s.begin = p.segments ? p.segments[3 * n + 1] : 0;
-  s.length = (p.segments ? p.segments[3 * n + 2] : p.seqlen) - s.begin;
-  s.start_pos = p.initial.length ? p.initial.length[n] : 0;
-  if (p.window == 0) {
-    s.first_chunk = 0;
-    s.chunks = (s.length + a.chunk_size - 1) / a.chunk_size;
-  } else {
-    // From the chunk of the last token seen, whose blocks may yet have to be folded.
-    s.first_chunk = non_negative(s.start_pos - 1) / a.chunk_size;
-    s.chunks = non_negative(s.start_pos + s.length - 1) / a.chunk_size - s.first_chunk + 1;
-  }
-  return s;
-}
-
-__device__ inline Chunk make_chunk(const Attention& a, int64_t n, const Sequence& s, int64_t i) {
-  const LinearAttentionParams& p = a.params;
-  const int64_t w = p.window, size = a.chunk_size, end = s.start_pos + s.length;
-  const int64_t base = w == 0 ? s.start_pos + i * size : (s.first_chunk + i) * size;
-  const int64_t query_begin = base > s.start_pos ? base : s.start_pos;
-  const int64_t query_end = base + size < end ? base + size : end;
-  int64_t key_begin = query_begin, key_end = query_end;
-  if (w > 0) {
-    // Blocks up to two before the last token's are folded.
-    const int64_t folded = non_negative(non_negative(s.start_pos - 1) / w - 1) * w;
-    const int64_t fold_end = non_negative(non_negative(end - 1) / w - 1) * w;
-    key_begin = base - w > folded ? base - w : folded;
-    key_end = base + size - w < fold_end ? base + size - w : fold_end;
-  }
-  Chunk c;
-  c.seq = static_cast<int>(n);
-  c.batch = s.batch;
-  c.start_pos = s.start_pos;
-  c.end_pos = end;
-  c.start_token = s.begin;
-  c.query_pos = query_begin;
-  c.query_token = static_cast<int>(s.begin + (query_begin - s.start_pos));
-  c.query_count = static_cast<int>(non_negative(query_end - query_begin));
-  c.key_pos = key_begin;
-  c.key_count = static_cast<int>(non_negative(key_end - key_begin));
-  const int64_t skip = non_negative(p.sinks - key_begin);
-  c.key_skip = skip < c.key_count ? static_cast<int>(skip) : c.key_count;
-  return c;
-}
 
 // One block: counts, prefix sums, then every chunk looks for its sequence.
 static __global__ void __launch_bounds__(kThreads) build_chunks(Attention a) {
@@ -123,11 +64,6 @@ static __global__ void __launch_bounds__(32) sum_levels(Attention a) {
     if (i < count) levels[i] = carry + x;
     carry += __shfl_sync(~0u, x, 31);
   }
-}
-
-// Decay summed over (from, to], positions counted from key_pos; -1 is before the first.
-__device__ inline float decay_between(const double* levels, int64_t from, int64_t to) {
-  return static_cast<float>(levels[to] - (from < 0 ? 0.0 : levels[from]));
 }
 
 // --- features ------------------------------------------------------------------------------------
@@ -252,21 +188,18 @@ __global__ void __launch_bounds__(kThreads) local_states(Attention a) {
   if (!find_chunk(a, index, c)) return;
   const int head = blockIdx.y, tid = threadIdx.x;
   const Keys<T> keys{a, c, head};
-  const double* levels = a.has_decay ? levels_of(a, index, head) : nullptr;
+  const FoldedKeys folded(a, c, index, head);
   const int64_t cell = cell_of(a, index, head);
   using F = Feature<kGiven>;
-  const auto decay_of = [&](int key) {
-    return levels ? decay_between(levels, key, c.key_count - 1) : 0.0f;
-  };
 
   {
     const int i = tid % kRows, part = tid / kRows;
     float plain = kEmpty, decayed = kEmpty;
     if (i0 + i < m) {
-      for (int s = c.key_skip + part; s < c.key_count; s += 4) {
-        const float x = keys.features(c.key_pos + s)[i0 + i];
+      for (int s = folded.first + part; s < folded.count; s += 4) {
+        const float x = keys.features(folded.pos(s), folded.slot(s))[i0 + i];
         plain = fmaxf(plain, F::bound(x));
-        decayed = fmaxf(decayed, levels ? F::bound(x, decay_of(s)) : F::bound(x));
+        decayed = fmaxf(decayed, folded.levels ? F::bound(x, folded.decay(s)) : F::bound(x));
       }
     }
     maxima[part * kRows + i] = plain;
@@ -287,17 +220,17 @@ __global__ void __launch_bounds__(kThreads) local_states(Attention a) {
 
   TileProduct<T> product;
   float z = 0.0f;
-  for (int s0 = c.key_skip; s0 < c.key_count; s0 += kDepth) {
+  for (int s0 = folded.first; s0 < folded.count; s0 += kDepth) {
     __syncthreads();
     for (int e = tid; e < kDepth * kRows; e += kThreads) {
       const int s = s0 + e / kRows, i = e % kRows;
-      const bool inside = s < c.key_count;
+      const bool inside = s < folded.count;
       float x = 0.0f, v = 0.0f;
       if (inside && i0 + i < m) {
-        const float y = keys.features(c.key_pos + s)[i0 + i];
-        x = levels ? F::scaled(y, decay_of(s), -scale[i]) : F::scaled(y, -scale[i]);
+        const float y = keys.features(folded.pos(s), folded.slot(s))[i0 + i];
+        x = folded.levels ? F::scaled(y, folded.decay(s), -scale[i]) : F::scaled(y, -scale[i]);
       }
-      if (inside && j0 + i < dv) v = keys.value(c.key_pos + s)[j0 + i];
+      if (inside && j0 + i < dv) v = keys.value(folded.pos(s), folded.slot(s))[j0 + i];
       phi[e / kRows * kRowStride + i] = operand<T>(x);
       values[e / kRows * kRowStride + i] = v;
     }
@@ -426,6 +359,7 @@ void launch_states(const Attention& a, cudaStream_t stream) {
   const auto chunks = static_cast<unsigned>(a.max_chunks);
   const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
   DIJIANG_LAUNCH(build_chunks, 1, kThreads, kThreads * sizeof(int), stream, a);
+  if (p.cache_size > 0) launch_hard_keys<T>(a, stream);
   if (p.num_features == 0) return;
   if (a.has_decay) DIJIANG_LAUNCH(sum_levels, dim3(chunks, kv_heads), 32, 0, stream, a);
 
@@ -436,6 +370,15 @@ void launch_states(const Attention& a, cudaStream_t stream) {
     const ConstView window{p.initial.window_k, p.num_kv_heads * slots * p.headdim,
                            slots * p.headdim, p.headdim, 1};
     FeatureRows f = feature_rows(p, window, p.fk, p.num_kv_heads, a.work.window_features);
+    f.batch = p.num_seqs;
+    f.seqlen = slots;
+    launch_features<T>(f, stream);
+  }
+  if (a.work.cache_features) {
+    const int64_t slots = p.cache_size;
+    const ConstView cache{p.initial.cache_k, p.num_kv_heads * slots * p.headdim, slots * p.headdim,
+                          p.headdim, 1};
+    FeatureRows f = feature_rows(p, cache, p.fk, p.num_kv_heads, a.work.cache_features);
     f.batch = p.num_seqs;
     f.seqlen = slots;
     launch_features<T>(f, stream);

@@ -387,8 +387,9 @@ __device__ inline bool find_folded_tile(const Attention& a, FoldedTile& t) {
   t.kv_head = blockIdx.y;
   if (!find_chunk(a, t.index, t.chunk)) return false;
   t.key0 = static_cast<int>(blockIdx.x % a.row_tiles) * kRows;
-  t.keys = t.chunk.key_count - t.key0 < kRows ? t.chunk.key_count - t.key0 : kRows;
-  return t.keys > 0 && t.chunk.key_count > t.chunk.key_skip;
+  const FoldedKeys folded(a, t.chunk, t.index, t.kv_head);
+  t.keys = folded.count - t.key0 < kRows ? folded.count - t.key0 : kRows;
+  return t.keys > 0 && folded.count > folded.first;
 }
 
 // grad_a. Grid: (chunk, key tile), kv head, 64 features.
@@ -407,7 +408,7 @@ __global__ void __launch_bounds__(kThreads) grad_key_features(Backward b) {
   const Chunk& c = t.chunk;
   const int tid = threadIdx.x;
   const int64_t cell = cell_of(a, t.index, t.kv_head);
-  const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
+  const FoldedKeys folded(a, c, t.index, t.kv_head);
   const Keys<T> keys{a, c, t.kv_head};
   using F = Feature<kGiven>;
   constexpr int kPerThread = kRows * kRows / kThreads;
@@ -448,8 +449,9 @@ __global__ void __launch_bounds__(kThreads) grad_key_features(Backward b) {
   TileProduct<T> product;
   for (int64_t j0 = 0; j0 < dv; j0 += kDepth) {
     __syncthreads();
-    load_depth_tile(x_tile, t.keys, j0, dv,
-                    [&](int s) { return keys.value(c.key_pos + t.key0 + s); });
+    load_depth_tile(x_tile, t.keys, j0, dv, [&](int s) {
+      return keys.value(folded.pos(t.key0 + s), folded.slot(t.key0 + s));
+    });
     for (int e = tid; e < kRows * kDepth; e += kThreads) {
       const int i = e / kDepth, j = e % kDepth;
       y_tile[i * kDepthStride + j] =
@@ -464,14 +466,14 @@ __global__ void __launch_bounds__(kThreads) grad_key_features(Backward b) {
   __syncthreads();
   for (int n = 0; n < kPerThread; ++n) {
     const int e = tid + n * kThreads, i = e % kRows, s = t.key0 + e / kRows;
-    const int64_t pos = c.key_pos + s;
-    if (s < c.key_skip || s >= t.key0 + t.keys || i0 + i >= m || pos < c.start_pos) continue;
+    if (s < folded.first || s >= t.key0 + t.keys || i0 + i >= m) continue;
+    const int64_t pos = folded.pos(s);
+    if (pos < c.start_pos) continue;
     const int64_t feature = cell * m + i0 + i;
     const float scale = b.work.reverse_scale[feature];
     if (scale > kNone) {
-      const float decay = levels ? decay_between(levels, s, c.key_count - 1) : 0.0f;
       grad[n] += F::backward(result[e / kRows * kRowStride + i] - b.work.reverse_z[feature],
-                             keys.features(pos)[i0 + i], decay, scale);
+                             keys.features(pos)[i0 + i], folded.decay(s), scale);
     }
     const int64_t row = row_index(p, p.num_kv_heads, c.batch, t.kv_head, token_of(c, pos));
     b.work.grad_a[row * m + i0 + i] = grad[n];
@@ -494,7 +496,7 @@ __global__ void __launch_bounds__(kThreads) grad_far_values(Backward b) {
   const Chunk& c = t.chunk;
   const int tid = threadIdx.x;
   const int64_t cell = cell_of(a, t.index, t.kv_head);
-  const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
+  const FoldedKeys folded(a, c, t.index, t.kv_head);
   const Keys<T> keys{a, c, t.kv_head};
   using F = Feature<kGiven>;
 
@@ -526,10 +528,10 @@ __global__ void __launch_bounds__(kThreads) grad_far_values(Backward b) {
     for (int e = tid; e < kRows * kDepth; e += kThreads) {
       const int s = t.key0 + e / kDepth, k = e % kDepth;
       float x = 0.0f;
-      if (s >= c.key_skip && s < t.key0 + t.keys && i0 + k < m) {
+      if (s >= folded.first && s < t.key0 + t.keys && i0 + k < m) {
         const float scale = b.work.reverse_scale[cell * m + i0 + k];
-        const float decay = levels ? decay_between(levels, s, c.key_count - 1) : 0.0f;
-        if (scale > kNone) x = F::scaled(keys.features(c.key_pos + s)[i0 + k], decay, scale);
+        const float* key = keys.features(folded.pos(s), folded.slot(s));
+        if (scale > kNone) x = F::scaled(key[i0 + k], folded.decay(s), scale);
       }
       x_tile[e / kDepth * kDepthStride + k] = operand<T>(x);
     }
@@ -547,8 +549,8 @@ __global__ void __launch_bounds__(kThreads) grad_far_values(Backward b) {
   __syncthreads();
   for (int e = tid; e < t.keys * kRows; e += kThreads) {
     const int s = t.key0 + e / kRows, j = e % kRows;
-    const int64_t pos = c.key_pos + s;
-    if (s < c.key_skip || pos < c.start_pos || j0 + j >= dv) continue;
+    const int64_t pos = folded.pos(s);
+    if (s < folded.first || pos < c.start_pos || j0 + j >= dv) continue;
     const int64_t row = row_index(p, p.num_kv_heads, c.batch, t.kv_head, token_of(c, pos));
     b.work.grad_v[row * dv + j0 + j] += result[e / kRows * kRowStride + j];
   }

@@ -82,17 +82,16 @@ __global__ void __launch_bounds__(kThreads) grad_near_queries(Backward b) {
   const RowStatistics statistics = row_statistics(b, first_row);
 
   TileProduct<T, kColumns> product;
-  const NearTiles near(p, t.position(0), t.position(t.rows - 1));
+  const NearTiles near(a, c, t.kv_head, t.position(0), t.position(t.rows - 1));
   for (int tile = 0; tile < near.count; ++tile) {
-    const int64_t begin = near.begin(tile);
     const int size = near.size(tile);
-    const auto key_row = [&](int s) { return keys.key(begin + s); };
+    const auto key_row = [&](int s) { return keys.key(near.pos(tile, s), near.slot(tile, s)); };
     near_weights<T, true>(
         p, x_tile, y_tile, weights, other, t.rows, size,
         [&](int r) { return view_row<T>(p.q, c.batch, t.head, t.token(r)); }, key_row,
         [&](int r) { return view_row<T>(b.params.grad_out, c.batch, t.head, t.token(r)); },
-        [&](int s) { return keys.value(begin + s); }, statistics,
-        [&](int r, int s) { return is_near(p, t.position(r), begin + s); });
+        [&](int s) { return keys.value(near.pos(tile, s), near.slot(tile, s)); }, statistics,
+        [&](int r, int s) { return near.sees(p, t.position(r), tile, s); });
     for (int s0 = 0; s0 < size; s0 += kDepth) {
       __syncthreads();
       load_columns<kColumns>(y_tile, s0, size, j0, p.headdim, key_row);

@@ -3,6 +3,7 @@
 // the same bits on every run.
 #include "cuda/attention_phases.h"
 #include "cuda/backward_far.h"
+#include "cuda/backward_hard.h"
 #include "cuda/backward_near.h"
 #include "cuda/backward_parameters.h"
 #include "dijiang/core/linear_attention_cuda.h"
@@ -32,6 +33,14 @@ void launch_near(const Backward& b, cudaStream_t stream) {
     allow_shared(grad_near_keys<T, kColumns, false>, shared);
     DIJIANG_LAUNCH((grad_near_keys<T, kColumns, false>),
                    dim3(tiles, narrow(p.num_kv_heads), columns), kThreads, shared, stream, b);
+  }
+  if (p.cache_size > 0) {
+    constexpr size_t hard_shared = HardShared<kColumns>::kFloats * sizeof(float);
+    allow_shared(grad_hard_keys<T, kColumns>, hard_shared);
+    const int64_t slot_tiles = ceil_div(p.cache_size, kRows);
+    DIJIANG_LAUNCH((grad_hard_keys<T, kColumns>),
+                   dim3(narrow(p.num_seqs * slot_tiles), narrow(p.num_kv_heads), columns), kThreads,
+                   hard_shared, stream, b);
   }
   if (p.sinks > 0) {
     allow_shared(grad_near_keys<T, kColumns, true>, shared);

@@ -36,17 +36,16 @@ __global__ void __launch_bounds__(kThreads) find_row_scales(Attention a) {
   }
 
   const Keys<T> keys{a, t.chunk, t.kv_head};
-  const NearTiles near(p, t.position(0), t.position(t.rows - 1));
+  const NearTiles near(a, t.chunk, t.kv_head, t.position(0), t.position(t.rows - 1));
   for (int tile = 0; tile < near.count; ++tile) {
-    const int64_t begin = near.begin(tile);
     const int size = near.size(tile);
     multiply_rows<T>(
         x_tile, y_tile, scores, t.rows, size, p.headdim,
         [&](int r) { return view_row<T>(p.q, t.chunk.batch, t.head, t.token(r)); },
-        [&](int s) { return keys.key(begin + s); });
+        [&](int s) { return keys.key(near.pos(tile, s), near.slot(tile, s)); });
     if (row < t.rows) {
       for (int s = part; s < size; s += 4) {
-        if (!is_near(p, t.position(row), begin + s)) continue;
+        if (!near.sees(p, t.position(row), tile, s)) continue;
         top = fmaxf(top, ceilf(scores[row * kRowStride + s] * score_scale(p)));
       }
     }
@@ -116,15 +115,14 @@ __device__ inline float sum_rows(const Attention& a, const QueryTile& t, const R
   __syncthreads();
 
   float den = 0.0f;  // of `row`, a quarter
-  // product += weights (64 x 64) times the values at [begin, begin + size)
-  const auto add_values = [&](int64_t begin, int size) {
+  // product += weights (64 x 64) times `size` values
+  const auto add_values = [&](int size, const auto& value) {
     for (int s = part; s < kRows; s += 4) den += weights[row * kRowStride + s];
     for (int s0 = 0; s0 < size; s0 += kDepth) {
       __syncthreads();
       for (int e = tid; e < kDepth * kColumns; e += kThreads) {
         const int s = s0 + e / kColumns, j = e % kColumns;
-        y_tile[e / kColumns * kValueStride + j] =
-            s < size && j0 + j < dv ? keys.value(begin + s)[j0 + j] : 0.0f;
+        y_tile[e / kColumns * kValueStride + j] = s < size && j0 + j < dv ? value(s)[j0 + j] : 0.0f;
       }
       __syncthreads();
       product.template multiply<Order::kRowMajor, Order::kRowMajor>(weights + s0, kRowStride,
@@ -133,22 +131,21 @@ __device__ inline float sum_rows(const Attention& a, const QueryTile& t, const R
     __syncthreads();
   };
 
-  const NearTiles near(p, t.position(0), t.position(t.rows - 1));
+  const NearTiles near(a, c, t.kv_head, t.position(0), t.position(t.rows - 1));
   for (int tile = 0; tile < near.count; ++tile) {
-    const int64_t begin = near.begin(tile);
     const int size = near.size(tile);
     multiply_rows<T>(
         x_tile, y_tile, weights, t.rows, size, p.headdim,
         [&](int r) { return view_row<T>(p.q, c.batch, t.head, t.token(r)); },
-        [&](int s) { return keys.key(begin + s); });
+        [&](int s) { return keys.key(near.pos(tile, s), near.slot(tile, s)); });
     for (int e = tid; e < kRows * kRows; e += kThreads) {
       const int r = e / kRows, s = e % kRows;
       float& w = weights[r * kRowStride + s];
-      const bool seen = chosen(r) && s < size && is_near(p, t.position(r), begin + s);
+      const bool seen = chosen(r) && s < size && near.sees(p, t.position(r), tile, s);
       w = seen ? operand<T>(exp2_scaled(w * score_scale(p), -scales[r])) : 0.0f;
     }
     __syncthreads();
-    add_values(begin, size);
+    add_values(size, [&](int s) { return keys.value(near.pos(tile, s), near.slot(tile, s)); });
   }
 
   if (a.has_inner && c.key_count > c.key_skip) {
@@ -185,7 +182,7 @@ __device__ inline float sum_rows(const Attention& a, const QueryTile& t, const R
       w = seen ? operand<T>(levels ? w * exp2_scaled(decay, 0.0f) : w) : 0.0f;
     }
     __syncthreads();
-    add_values(c.key_pos, c.key_count);
+    add_values(c.key_count, [&](int s) { return keys.value(c.key_pos + s); });
   }
 
   for (int64_t i0 = 0; i0 < m; i0 += kDepth) {
@@ -298,7 +295,7 @@ __device__ inline void sum_single_row(const Attention& a, const QueryTile& t, in
     return warp_sum(x) * score_scale(p);
   };
 
-  const NearTiles near(p, pos, pos);
+  const NearTiles near(a, c, t.kv_head, pos, pos);  // no hard keys: only chunks of many blocks call
   float top = kEmpty;
   for (int tile = 0; tile < near.count; ++tile) {
     for (int s = warp; s < near.size(tile); s += kThreads / 32) {

@@ -2,6 +2,7 @@
 // a (sequence, kv head), so that state and maxima change in one place; the lengths follow in a
 // second kernel, once all blocks have read them.
 #include "cuda/attention_rows.h"
+#include "cuda/hard_key_choice.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
 namespace dijiang::cuda {
@@ -17,13 +18,17 @@ struct UpdateTiles {
   float* values;   // (kFold, headdim_v)
   float* factor;   // (num_features): of the old state
   float* decay;    // (max(window, 1)): of the keys that are folded, up to the last of them
-  float* weights;  // (2 window + sinks)
+  float* weights;  // (2 window + sinks + cache_size)
   float* partial;  // (kThreads)
   float* scratch;  // (32)
+  // With hard keys.
+  Choice choice;  // votes and sums are the state's
+  int* left;      // (window): candidates that leave
 
   static int64_t floats(const LinearAttentionParams& p) {
     return kFold * (p.headdim + p.num_features + p.headdim_v) + p.num_features +
-           (p.window > 0 ? p.window : 1) + 2 * p.window + p.sinks + kThreads + 32;
+           (p.window > 0 ? p.window : 1) + 2 * p.window + p.sinks + p.cache_size + kThreads + 32 +
+           (p.cache_size > 0 ? Choice::floats(p) + p.window : 0);
   }
   __device__ UpdateTiles(const LinearAttentionParams& p, float* shared) {
     x = shared;
@@ -32,8 +37,11 @@ struct UpdateTiles {
     factor = values + kFold * p.headdim_v;
     decay = factor + p.num_features;
     weights = decay + (p.window > 0 ? p.window : 1);
-    partial = weights + 2 * p.window + p.sinks;
+    partial = weights + 2 * p.window + p.sinks + p.cache_size;
     scratch = partial + kThreads;
+    if (p.cache_size == 0) return;
+    choice.take(p, scratch + 32);
+    left = choice.held + p.cache_size;
   }
 };
 
@@ -100,7 +108,7 @@ __device__ inline void update_features(const LinearAttentionParams& p, const Fea
 template <class T, bool kGiven>
 __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionParams p) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  const UpdateTiles tiles(p, reinterpret_cast<float*>(raw));
+  UpdateTiles tiles(p, reinterpret_cast<float*>(raw));
   const int64_t m = p.num_features, d = p.headdim, dv = p.headdim_v, w = p.window, n = p.sinks;
   const int64_t seq = blockIdx.x / p.num_kv_heads;
   const int head = static_cast<int>(blockIdx.x % p.num_kv_heads);
@@ -126,71 +134,152 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
   const bool has_decay = p.log_decay != nullptr;
   using F = Feature<kGiven>;
 
-  // --- fold: this token when there is no window, else the block that leaves it -----------------
-  const bool folds = m > 0 && (w == 0 || (pos % w == 0 && pos >= 2 * w));
-  if (folds) {
+  // --- hard keys: which of those that leave the window and of those in the slots stay -----------
+  const int64_t size = p.cache_size;
+  auto* cache_k = static_cast<T*>(p.final.cache_k) + cell * size * d;
+  auto* cache_v = static_cast<T*>(p.final.cache_v) + cell * size * dv;
+  float* cache_decay =
+      p.final.cache_decay ? static_cast<float*>(p.final.cache_decay) + cell * size : nullptr;
+  const bool leaves = w > 0 && pos % w == 0 && pos >= 2 * w;
+  int64_t hard = 0;  // filled slots
+  if (size > 0) {
+    const int64_t* positions = p.final.cache_position + cell * size;
+    tiles.choice.votes = static_cast<float*>(p.final.votes) + cell * (size + w);
+    tiles.choice.sums = static_cast<float*>(p.final.sums) + cell * (d + dv);
+    while (hard < size && positions[hard] >= 0) ++hard;
+    for (int64_t i = tid; i < size; i += kThreads) {
+      tiles.choice.held[i] = static_cast<int>(positions[i]);
+    }
+    __syncthreads();
+  }
+  const Candidates all(p, size > 0 ? tiles.choice.held : nullptr, w > 0 ? pos / w : 0);
+  // A candidate's row in its buffer.
+  const auto candidate = [&](int i, T* slots, T* window, int64_t dim) -> T* {
+    return i < all.slots ? slots + i * dim : window + (all.leaving + all.row(i)) % (2 * w) * dim;
+  };
+  int left = 0;
+  if (size > 0 && leaves) {
+    choose(
+        p, all, tiles.choice,
+        [&](int i) {
+          return Row<T>{candidate(i, cache_k, window_k, d), 1};
+        },
+        [&](int i) {
+          return Row<T>{candidate(i, cache_v, window_v, dv), 1};
+        });
+    for (int i = 0; i < all.count; ++i) {  // every thread alike
+      if (tid == 0 && !tiles.choice.kept[i]) tiles.left[left] = i;
+      left += !tiles.choice.kept[i];
+    }
+    __syncthreads();
+  }
+
+  // --- fold: this token when there is no window, else the keys that leave
+  // -------------------------
+  const bool folds = m > 0 && (w == 0 || leaves);
+  if (folds || (size > 0 && leaves)) {
     const int64_t begin = w == 0 ? pos : pos - 2 * w;
-    const int count = w == 0 ? 1 : static_cast<int>(w);
-    const int skip = n <= begin ? 0 : n - begin < count ? static_cast<int>(n - begin) : count;
+    const int keys = w == 0 ? 1 : static_cast<int>(w);
     double total = 0.0;  // every thread alike
     if (has_decay) {
       if (w == 0) {
         total = double(log_decay) * double(kLog2e);
         if (tid == 0) tiles.decay[0] = 0.0f;
       } else if (window_decay) {
-        for (int s = count - 1; s >= 0; --s) {
+        for (int s = keys - 1; s >= 0; --s) {
           if (tid == 0) tiles.decay[s] = static_cast<float>(total);
           total += double(fmaxf(window_decay[(begin + s) % (2 * w)], -1e9f)) * double(kLog2e);
         }
       } else {
-        for (int s = tid; s < count; s += kThreads) tiles.decay[s] = 0.0f;
+        for (int s = tid; s < keys; s += kThreads) tiles.decay[s] = 0.0f;
       }
     }
+    // Rows [skip, count) fold: of the block, or of the list of those that leave.
+    const int sinks_of_block = w == 0 ? int(pos < n) : all.skip;
+    const int skip = size > 0 ? 0 : sinks_of_block, count = size > 0 ? left : keys;
+    const auto source = [&](int s, T* slots, T* window, int64_t dim) -> const T* {
+      if (size > 0) return candidate(tiles.left[s], slots, window, dim);
+      return window + (begin + s) % (2 * w) * dim;
+    };
+    const auto decay_of = [&](int s) {
+      if (size == 0) return tiles.decay[s];
+      const int i = tiles.left[s];
+      if (i >= all.slots) return tiles.decay[all.row(i)];
+      return static_cast<float>(total +
+                                (cache_decay ? double(cache_decay[i]) : 0.0) * double(kLog2e));
+    };
     auto decay = static_cast<float>(total);
     int s0 = skip;
-    do {  // once at least, for the decay
-      const int rows = count - s0 < kFold ? count - s0 : kFold;
-      __syncthreads();
-      for (int64_t e = tid; e < rows * d; e += kThreads) {
-        const int64_t k = e % d, slot = w > 0 ? (begin + s0 + e / d) % (2 * w) : 0;
-        tiles.x[e] = w == 0 ? key[k] : to_float(window_k[slot * d + k]);
-      }
-      for (int64_t e = tid; e < rows * dv; e += kThreads) {
-        const int64_t j = e % dv, slot = w > 0 ? (begin + s0 + e / dv) % (2 * w) : 0;
-        tiles.values[e] = w == 0 ? value[j] : to_float(window_v[slot * dv + j]);
-      }
-      update_features(p, p.fk, head, rows, tiles);
-      for (int64_t i = tid; i < m; i += kThreads) {
-        // Rounded so that z stays near 1 under any number of mild decays.
-        const float whole = z[i] < 1.0f ? floorf(decay) : ceilf(decay);
-        const float old = fmaxf(scale[i] + whole, kEmpty);
-        float top = old;
-        for (int r = 0; r < rows; ++r) {
-          const float x = tiles.phi[r * m + i];
-          top = fmaxf(top, has_decay ? F::bound(x, tiles.decay[s0 + r]) : F::bound(x));
+    if (folds) {
+      do {  // once at least, for the decay
+        const int rows = count - s0 < kFold ? count - s0 : kFold;
+        __syncthreads();
+        for (int64_t e = tid; e < rows * d; e += kThreads) {
+          const int64_t k = e % d;
+          const int s = s0 + static_cast<int>(e / d);
+          tiles.x[e] = w == 0 ? key[k] : to_float(source(s, cache_k, window_k, d)[k]);
         }
-        tiles.factor[i] = scale2(exp2f(decay - whole), old - top);
-        float sum = z[i] * tiles.factor[i];
-        for (int r = 0; r < rows; ++r) {
-          float& x = tiles.phi[r * m + i];
-          x = has_decay ? F::scaled(x, tiles.decay[s0 + r], -top) : F::scaled(x, -top);
-          sum += x;
+        for (int64_t e = tid; e < rows * dv; e += kThreads) {
+          const int64_t j = e % dv;
+          const int s = s0 + static_cast<int>(e / dv);
+          tiles.values[e] = w == 0 ? value[j] : to_float(source(s, cache_v, window_v, dv)[j]);
         }
-        z[i] = sum;
-        scale[i] = top;
-      }
-      __syncthreads();
-      for (int64_t e = tid; e < m * dv; e += kThreads) {
-        const int64_t i = e / dv, j = e % dv;
-        float sum = kv[e] * tiles.factor[i];
-        for (int r = 0; r < rows; ++r) {
-          sum = fmaf(tiles.phi[r * m + i], tiles.values[r * dv + j], sum);
+        update_features(p, p.fk, head, rows, tiles);
+        for (int64_t i = tid; i < m; i += kThreads) {
+          // Rounded so that z stays near 1 under any number of mild decays.
+          const float whole = z[i] < 1.0f ? floorf(decay) : ceilf(decay);
+          const float old = fmaxf(scale[i] + whole, kEmpty);
+          float top = old;
+          for (int r = 0; r < rows; ++r) {
+            const float x = tiles.phi[r * m + i];
+            top = fmaxf(top, has_decay ? F::bound(x, decay_of(s0 + r)) : F::bound(x));
+          }
+          tiles.factor[i] = scale2(exp2f(decay - whole), old - top);
+          float sum = z[i] * tiles.factor[i];
+          for (int r = 0; r < rows; ++r) {
+            float& x = tiles.phi[r * m + i];
+            x = has_decay ? F::scaled(x, decay_of(s0 + r), -top) : F::scaled(x, -top);
+            sum += x;
+          }
+          z[i] = sum;
+          scale[i] = top;
         }
-        kv[e] = sum;
+        __syncthreads();
+        for (int64_t e = tid; e < m * dv; e += kThreads) {
+          const int64_t i = e / dv, j = e % dv;
+          float sum = kv[e] * tiles.factor[i];
+          for (int r = 0; r < rows; ++r) {
+            sum = fmaf(tiles.phi[r * m + i], tiles.values[r * dv + j], sum);
+          }
+          kv[e] = sum;
+        }
+        decay = 0.0f;
+        s0 += rows;
+      } while (s0 < count);
+    }
+    __syncthreads();
+    if (size > 0) {
+      // The keys that enter, from the window to their slots.
+      const auto* held = tiles.choice.held;
+      int64_t* positions = p.final.cache_position + cell * size;
+      const auto enters = [&](int64_t i) { return held[i] >= 0 && held[i] >= begin; };
+      for (int64_t e = tid; e < size * d; e += kThreads) {
+        if (enters(e / d)) cache_k[e] = window_k[held[e / d] % (2 * w) * d + e % d];
       }
-      decay = 0.0f;
-      s0 += rows;
-    } while (s0 < count);
+      for (int64_t e = tid; e < size * dv; e += kThreads) {
+        if (enters(e / dv)) cache_v[e] = window_v[held[e / dv] % (2 * w) * dv + e % dv];
+      }
+      for (int64_t i = tid; i < size; i += kThreads) {
+        positions[i] = held[i];
+        if (!cache_decay) continue;
+        const double since = enters(i) ? double(tiles.decay[held[i] - begin])
+                                       : total + double(cache_decay[i]) * double(kLog2e);
+        cache_decay[i] = static_cast<float>(held[i] < 0 ? 0.0 : since / double(kLog2e));
+      }
+      for (int64_t i = tid; i < size + w; i += kThreads) tiles.choice.votes[i] = 0.0f;
+      hard = 0;
+      while (hard < size && held[hard] >= 0) ++hard;
+    }
   }
   __syncthreads();
 
@@ -207,19 +296,24 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     if (pos < n) sink_v[pos * dv + j] = x;
   }
   if (tid == 0 && w > 0 && window_decay) window_decay[slot] = log_decay;
+  for (int64_t j = tid; size > 0 && j < d + dv; j += kThreads) {
+    tiles.choice.sums[j] += j < d ? key[j] : value[j - d];
+  }
   __syncthreads();
 
   // --- read --------------------------------------------------------------------------------------
   const int64_t fold_end = w > 0 && pos >= w ? (pos / w - 1) * w : 0;
   const int64_t window_begin = fold_end > n ? fold_end : n;
   const int sinks = static_cast<int>(n < pos + 1 ? n : pos + 1);
-  const int near = sinks + (w > 0 && window_begin <= pos ? int(pos + 1 - window_begin) : 0);
-  const auto near_key = [&](int s) {
-    return s < sinks ? sink_k + s * d : window_k + (window_begin + s - sinks) % (2 * w) * d;
+  const int kept = sinks + static_cast<int>(hard);
+  const int near = kept + (w > 0 && window_begin <= pos ? int(pos + 1 - window_begin) : 0);
+  const auto near_row = [&](int s, T* sinks_of, T* slots, T* window, int64_t dim) -> const T* {
+    if (s < sinks) return sinks_of + s * dim;
+    if (s < kept) return slots + (s - sinks) * dim;
+    return window + (window_begin + s - kept) % (2 * w) * dim;
   };
-  const auto near_value = [&](int s) {
-    return s < sinks ? sink_v + s * dv : window_v + (window_begin + s - sinks) % (2 * w) * dv;
-  };
+  const auto near_key = [&](int s) { return near_row(s, sink_k, cache_k, window_k, d); };
+  const auto near_value = [&](int s) { return near_row(s, sink_v, cache_v, window_v, dv); };
   float row_decay = 0.0f;  // since the last folded token
   if (has_decay && w > 0 && window_decay) {
     double sum = 0.0;
@@ -255,6 +349,15 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     for (int s = tid; s < near; s += kThreads) {
       tiles.weights[s] = exp2_scaled(tiles.weights[s], -top);
       den += tiles.weights[s];
+    }
+    if (size > 0 && pos >= w) {
+      const float exact = block_sum(den, tiles.scratch);
+      for (int s = sinks + tid; s < near && exact > 0.0f; s += kThreads) {
+        const int64_t row =
+            s < kept ? -1 : window_begin + s - kept - fold_end;  // of the block before
+        if (row >= w) continue;
+        tiles.choice.votes[s < kept ? s - sinks : size + row] += tiles.weights[s] / exact;
+      }
     }
     for (int64_t i = tid; i < m; i += kThreads) {
       const float x = top > kNone ? F::scaled(tiles.phi[i], row_decay, scale[i] - top) : 0.0f;

@@ -159,8 +159,6 @@ inline Shape hard_keys_shape(const LinearAttentionParams& p) {
 // The hard keys given, once p.initial is set.
 template <class Backend>
 void give_hard_keys(LinearAttentionParams& p, const AttentionArgs& a) {
-  check(p.cache_size == 0 || Backend::kHardKeys, "hard keys (cache_size ", p.cache_size,
-        ") run on the CPU alone so far: move the tensors there, or give cache_size 0");
   if (!a.hard_keys || p.cache_size == 0) return;
   p.given = static_cast<const int32_t*>(
       contiguous_data(a.hard_keys, "hard_keys", a.q, ScalarType::Int, hard_keys_shape(p)));

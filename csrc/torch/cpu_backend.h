@@ -14,7 +14,6 @@ namespace dijiang::binding {
 
 struct CpuBackend {
   static constexpr bool kShortOmega = true;
-  static constexpr bool kHardKeys = true;
 
   static void dct(const DctParams& p, const Tensor&) {
     const int64_t rows = p.batch * p.heads * p.seqlen;

@@ -14,7 +14,6 @@
 namespace dijiang::binding {
 
 struct CudaBackend {
-  static constexpr bool kHardKeys = false;
   static constexpr bool kShortOmega = false;  // tensor cores multiply by a matrix for every head
 
   static void dct(const DctParams& p, const Tensor& like) {

@@ -19,6 +19,7 @@ from ._checks import (
     per_token_decay,
     segments_of,
 )
+from ._hard_keys import check_hard_keys
 
 
 def kernelized_attention(
@@ -103,7 +104,8 @@ def kernelized_attention(
         if not (window or sinks):
             initial = initial._replace(length=None)  # positions matter to window and sinks alone
     if hard_keys is not None:
-        hard_keys = _check_hard_keys(op, hard_keys, q, k, num_seqs, window, cache_size)
+        hard_keys = check_hard_keys(op, hard_keys, q, k, segments, initial_state, window, sinks,
+                                    cache_size)  # fmt: skip
     out, _, _, *state, chosen = torch.ops.dijiang.kernelized_attention_fwd(
         q, k, v, *params, log_decay, segments, *initial, hard_keys, kind, scale, window, sinks,
         cache_size, normalize, eps, return_state,
@@ -325,16 +327,6 @@ def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_si
             check_like(op, f"{name}.{field}", x, (num_seqs, heads, *shape),
                        f"(sequences, kv heads, {legend})", q, dtype)  # fmt: skip
     check_like(op, f"{name}.length", state.length, (num_seqs,), "(sequences)", q, torch.int64)
-
-
-def _check_hard_keys(op, hard_keys, q, k, num_seqs, window, cache_size):
-    """What they hold is checked where they are read."""
-    if not cache_size:
-        raise ValueError(f"{op}: hard_keys belong to cache_size > 0, got cache_size 0")
-    rows = q.shape[0] * q.shape[2] // window + 2 * num_seqs
-    check_like(op, "hard_keys", hard_keys, (k.shape[1], rows, cache_size),
-               "(kv heads, rows, cache_size)", q, torch.int32)  # fmt: skip
-    return hard_keys.contiguous()
 
 
 def _check_no_gradient(op, state, window, sinks):

@@ -83,9 +83,9 @@ struct Tensor {
 
 template <class T>
 struct State {
-  std::vector<float> kv, z, log_scale, window_decay;
-  std::vector<T> window_k, window_v, sink_k, sink_v;
-  std::vector<int64_t> length;
+  std::vector<float> kv, z, log_scale, window_decay, cache_decay, votes, sums;
+  std::vector<T> window_k, window_v, sink_k, sink_v, cache_k, cache_v;
+  std::vector<int64_t> length, cache_position;
 
   explicit State(const oracle::Problem& p) {
     const size_t cells = p.sequences().size() * p.kv_heads;
@@ -99,6 +99,13 @@ struct State {
     sink_k.assign(cells * p.sinks * p.dim, Traits<T>::narrow(NAN));
     sink_v.assign(cells * p.sinks * p.dim_v, Traits<T>::narrow(NAN));
     length.assign(p.window + p.sinks > 0 ? p.sequences().size() : 0, 0);
+    if (p.cache_size == 0) return;
+    cache_k.assign(cells * p.cache_size * p.dim, Traits<T>::narrow(NAN));
+    cache_v.assign(cells * p.cache_size * p.dim_v, Traits<T>::narrow(NAN));
+    cache_position.assign(cells * p.cache_size, -1);
+    cache_decay.assign(p.decay ? cells * p.cache_size : 0, NAN);
+    votes.assign(cells * (p.cache_size + p.window), 0.0f);
+    sums.assign(cells * (p.dim + p.dim_v), 0.0f);
   }
   dijiang::AttentionState pointers() {
     const auto data = [](auto& x) -> decltype(x.data()) { return x.empty() ? nullptr : x.data(); };
@@ -112,6 +119,12 @@ struct State {
     s.sink_k = data(sink_k);
     s.sink_v = data(sink_v);
     s.length = data(length);
+    s.cache_k = data(cache_k);
+    s.cache_v = data(cache_v);
+    s.cache_position = data(cache_position);
+    s.cache_decay = data(cache_decay);
+    s.votes = data(votes);
+    s.sums = data(sums);
     return s;
   }
   std::vector<double> true_kv(int dim_v) const {
@@ -185,6 +198,7 @@ struct Call {
     a.scale = p.scale;
     a.window = p.window;
     a.sinks = p.sinks;
+    a.cache_size = p.cache_size;
     a.normalize = p.normalize;
     a.eps = p.eps;
     if (p.decay) {
@@ -235,7 +249,11 @@ struct Call {
     b.forward.row_sum = sum.data();
     if (from) b.forward.initial = from->pointers();
     if (to) b.forward.final = to->pointers();
+    std::vector<int32_t> hard(p.cache_size * p.kv_heads * b.forward.cache_rows(), -9);
+    if (p.cache_size > 0) b.forward.chosen = hard.data();
     if (run(b.forward) != cudaSuccess) throw std::runtime_error("forward");
+    if (p.cache_size > 0) b.forward.given = hard.data();
+    b.forward.chosen = nullptr;
 
     Gradients<T> g;
     g.q.assign(size_t(p.batch) * p.heads * count * p.dim, Traits<T>::narrow(0.0));

@@ -18,7 +18,7 @@ struct Problem {
   FeatureKind kind = FeatureKind::kExp;
   int batch = 1, heads = 2, kv_heads = 1, seqlen = 100, dim = 16, dim_v = 16, features = 24;
   double scale = 0.25;
-  int window = 0, sinks = 0;
+  int window = 0, sinks = 0, cache_size = 0;
   bool decay = false, normalize = true, beta = true, log_weight = true;
   double eps = 0.0;
   double size = 1.0;                       // of q and k
@@ -137,6 +137,83 @@ inline void features_backward(const Problem& p, const double* x, const double* o
   }
 }
 
+// The keys that one kv head keeps beyond the window, a list for every block of a sequence:
+// docs/numerics.md, "Hard keys".
+inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int begin, int length,
+                                               int kv_head) {
+  const int w = p.window, d = p.dim, dv = p.dim_v, group = p.heads / p.kv_heads;
+  const auto key = [&](int s) { return &p.k[p.row(kv_head, p.kv_heads, batch, begin + s) * d]; };
+  const auto value = [&](int s) { return &p.v[p.row(kv_head, p.kv_heads, batch, begin + s) * dv]; };
+  std::vector<std::vector<int>> blocks;
+  std::vector<int> held;
+  for (int block = 0; block * w < length; ++block) {
+    std::vector<int> all = held;
+    const int leaving = (block - 2) * w;
+    for (int s = std::max(leaving, p.sinks); block >= 2 && s < leaving + w; ++s) all.push_back(s);
+    if (block >= 2 && int(all.size()) > p.cache_size) {
+      std::vector<double> mean_k(d), mean_v(dv), novelty, votes(all.size());
+      for (int s = 0; s < block * w; ++s) {
+        for (int j = 0; j < d; ++j) mean_k[j] += key(s)[j] / (block * w);
+        for (int j = 0; j < dv; ++j) mean_v[j] += value(s)[j] / (block * w);
+      }
+      for (const int s : all) {
+        double product = 0, norm = 0, mean_norm = 0, square = 0;
+        for (int j = 0; j < d; ++j) {
+          product += key(s)[j] * mean_k[j];
+          norm += key(s)[j] * key(s)[j];
+          mean_norm += mean_k[j] * mean_k[j];
+        }
+        for (int j = 0; j < dv; ++j) square += std::pow(value(s)[j] - mean_v[j], 2);
+        novelty.push_back(std::sqrt(square) * std::exp(-product / std::sqrt(norm * mean_norm)));
+      }
+      for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+        for (int t = (block - 1) * w; t < block * w; ++t) {
+          const double* query = &p.q[p.row(h, p.heads, batch, begin + t) * d];
+          const auto score = [&](int s) {
+            double sum = 0;
+            for (int j = 0; j < d; ++j) sum += p.scale * query[j] * key(s)[j];
+            return sum;
+          };
+          std::vector<int> exact = held;
+          for (int s = 0; s <= t; ++s) {
+            if (s < p.sinks || s >= leaving) exact.push_back(s);
+          }
+          double top = -INFINITY, sum = 0;
+          for (const int s : exact) top = std::fmax(top, score(s));
+          for (const int s : exact) sum += std::exp(score(s) - top);
+          for (size_t i = 0; i < all.size(); ++i) votes[i] += std::exp(score(all[i]) - top) / sum;
+        }
+      }
+      std::vector<bool> kept(all.size());
+      const auto keep = [&](const std::vector<double>& scores, int wanted) {
+        for (; wanted > 0; --wanted) {
+          int best = -1;
+          for (size_t i = 0; i < all.size(); ++i) {
+            if (!kept[i] && (best < 0 || scores[i] > scores[best])) best = int(i);
+          }
+          kept[best] = true;
+        }
+      };
+      keep(novelty, p.cache_size / 2);
+      keep(votes, p.cache_size - p.cache_size / 2);
+      std::vector<int> entering, next;
+      for (size_t i = held.size(); i < all.size(); ++i) {
+        if (kept[i]) entering.push_back(all[i]);
+      }
+      size_t used = 0;
+      for (int i = 0; i < p.cache_size; ++i) {
+        const bool stays = i < int(held.size()) && kept[i];
+        next.push_back(stays ? held[i] : entering[used++]);
+      }
+      held = next;
+    } else {
+      held = all;
+    }
+    blocks.push_back(held);
+  }
+  return blocks;
+}
+
 inline Result run(const Problem& p, bool backward) {
   const int m = p.features, d = p.dim, dv = p.dim_v, group = p.heads / p.kv_heads;
   const auto sequences = p.sequences();
@@ -180,8 +257,14 @@ inline Result run(const Problem& p, bool backward) {
         db[t].assign(m, 0.0);
         da[t].assign(m, 0.0);
       }
+      std::vector<std::vector<int>> held;
+      if (p.cache_size > 0) held = hard_keys(p, batch, begin, length, hk);
+      const auto is_held = [&](int block, int s) {
+        return !held.empty() && std::count(held[block].begin(), held[block].end(), s) > 0;
+      };
       const auto is_near = [&](int t, int s) {
-        return s < p.sinks || (p.window > 0 && s / p.window + 1 >= t / p.window);
+        return s < p.sinks || (p.window > 0 && s / p.window + 1 >= t / p.window) ||
+               (p.window > 0 && is_held(t / p.window, s));
       };
       // The log of what one feature adds to a far weight.
       const auto log_far = [&](int t, int s, int i) {
@@ -257,6 +340,7 @@ inline Result run(const Problem& p, bool backward) {
         const int last = length - 1;
         const int fold_end = p.window == 0 ? length : std::max(last / p.window - 1, 0) * p.window;
         for (int s = p.sinks; s < fold_end; ++s) {
+          if (is_held(last / std::max(p.window, 1), s)) continue;
           const int64_t row_k = p.row(hk, p.kv_heads, batch, begin + s);
           for (int i = 0; i < m; ++i) {
             const double phi =

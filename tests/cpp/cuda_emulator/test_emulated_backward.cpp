@@ -1,6 +1,7 @@
 // The CUDA backward kernels, run by the emulator, against the definition's gradients in double.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
 
 #include "cuda/linear_attention_backward.cu"
@@ -117,6 +118,34 @@ TEST(EmulatedBackward, Shapes) {
     p.window = 0;
     check<__nv_bfloat16>(p);
   }
+}
+
+TEST(EmulatedBackward, HardKeys) {
+  for (const auto& [window, sinks, cache_size, seqlen] : std::vector<std::array<int, 4>>{
+           {8, 3, 5, 75}, {6, 8, 12, 75}, {16, 0, 90, 80}, {70, 2, 100, 290}}) {
+    Problem p;
+    p.heads = 4;
+    p.kv_heads = 2;
+    p.window = window;
+    p.sinks = sinks;
+    p.cache_size = cache_size;
+    p.seqlen = seqlen;
+    p.dim = p.dim_v = 8;
+    p.features = 10;
+    SCOPED_TRACE(name(p));
+    check<float>(p);
+    p.decay = true;
+    check<float>(p);
+    check<__nv_bfloat16>(p);
+  }
+  Problem packed;
+  packed.batch = 2;
+  packed.seqlen = 90;
+  packed.window = 8;
+  packed.cache_size = 6;
+  packed.dim_v = 70;
+  packed.segments = {{0, 1, 40}, {0, 40, 88}, {1, 7, 90}};
+  check<float>(packed);
 }
 
 TEST(EmulatedBackward, NoFeaturesNotNormalizedAndEps) {
@@ -327,12 +356,13 @@ TEST(EmulatedBackward, ExtremesStayFinite) {
 }
 
 TEST(EmulatedBackward, OrderOfThreadsChangesNothing) {
-  for (const int window : {0, 5}) {
+  for (const auto& [window, cache_size] : std::vector<std::array<int, 2>>{{0, 0}, {5, 0}, {5, 6}}) {
     Problem p;
     p.window = window;
+    p.cache_size = cache_size;
     p.sinks = 2;
     p.decay = true;
-    p.size = 20.0;
+    p.size = cache_size > 0 ? 1.0 : 20.0;
     p.seqlen = 70;
     p.dim_v = 80;
     p.fill(9, emulated::round_to<__nv_bfloat16>);

@@ -1,6 +1,7 @@
 // The CUDA forward kernels, run by the emulator, against the definition in double.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
 
 #include "cuda/linear_attention_forward.cu"
@@ -88,6 +89,39 @@ void check_grid() {
 TEST(EmulatedForward, Float) { check_grid<float>(); }
 TEST(EmulatedForward, BFloat16) { check_grid<__nv_bfloat16>(); }
 TEST(EmulatedForward, Half) { check_grid<__half>(); }
+
+// Slots that fill up at once, late (past a block of sinks alone), and never; many slots.
+std::vector<Problem> hard_key_problems() {
+  std::vector<Problem> all;
+  for (const auto& [window, sinks, cache_size, seqlen] : std::vector<std::array<int, 4>>{
+           {8, 3, 5, 75}, {6, 8, 12, 75}, {16, 0, 90, 80}, {5, 0, 1, 60}, {70, 2, 100, 300}}) {
+    Problem p;
+    p.batch = 2;
+    p.heads = 4;
+    p.kv_heads = 2;
+    p.window = window;
+    p.sinks = sinks;
+    p.cache_size = cache_size;
+    p.seqlen = seqlen;
+    p.dim = p.dim_v = 8;
+    p.features = 10;
+    all.push_back(p);
+  }
+  return all;
+}
+
+TEST(EmulatedForward, HardKeys) {
+  for (Problem p : hard_key_problems()) {
+    SCOPED_TRACE(name(p));
+    check<float>(p);
+    p.decay = true;
+    check<float>(p);
+    check<__nv_bfloat16>(p);
+    p.features = 0;
+    p.decay = false;
+    check<__half>(p);
+  }
+}
 
 TEST(EmulatedForward, Shapes) {
   for (const int dim_v : {3, 80, 200}) {
@@ -182,6 +216,34 @@ TEST(EmulatedForward, SplitAnywhereWithCarriedState) {
       check_split<__nv_bfloat16>(p, {32, 48, n}, false);
     }
   }
+}
+
+TEST(EmulatedForward, HardKeysSplitAnywhere) {
+  for (Problem p : hard_key_problems()) {
+    p.decay = true;
+    SCOPED_TRACE(name(p));
+    const int n = p.seqlen;
+    check_split<float>(p, {1, 2, 2, 10, 16, 32, 33, 48, 55, n}, false);
+    check_split<__nv_bfloat16>(p, {p.window, 3 * p.window, n}, false);
+    if (p.window > 16) continue;  // the emulator takes its time
+    check_split<float>(p, {}, true);
+    check_split<float>(p, {29}, true);
+    p.decay = false;
+    p.features = 0;
+    check_split<__nv_bfloat16>(p, {41}, true);
+  }
+}
+
+TEST(EmulatedForward, HardKeysPackedAndPadded) {
+  Problem p;
+  p.batch = 2;
+  p.seqlen = 120;
+  p.window = 8;
+  p.sinks = 2;
+  p.cache_size = 6;
+  p.decay = true;
+  p.segments = {{0, 0, 1}, {0, 1, 70}, {0, 70, 70}, {0, 70, 120}, {1, 7, 110}};
+  check<float>(p);
 }
 
 // Token by token, from the start and after a prefill that ends anywhere in a block.
@@ -332,6 +394,7 @@ TEST(EmulatedForward, FutureChangesNothing) {
     for (const double size : {1.0, 20.0}) {
       Problem p;
       p.window = window;
+      p.cache_size = window == 5 ? 4 : 0;
       p.decay = true;
       p.seqlen = 75;
       p.size = size;
@@ -357,12 +420,13 @@ TEST(EmulatedForward, FutureChangesNothing) {
 
 // A race would make results depend on the order in which threads run.
 TEST(EmulatedForward, OrderOfThreadsChangesNothing) {
-  for (const int window : {0, 5}) {
+  for (const auto& [window, cache_size] : std::vector<std::array<int, 2>>{{0, 0}, {5, 0}, {5, 6}}) {
     Problem p;
     p.window = window;
+    p.cache_size = cache_size;
     p.sinks = 2;
     p.decay = true;
-    p.size = 20.0;
+    p.size = cache_size > 0 ? 1.0 : 20.0;
     p.seqlen = 70;
     p.dim_v = 80;
     p.fill(9, emulated::round_to<__nv_bfloat16>);
@@ -371,9 +435,13 @@ TEST(EmulatedForward, OrderOfThreadsChangesNothing) {
       Call<__nv_bfloat16> call(p);
       State<__nv_bfloat16> state(p);
       EXPECT_EQ(call.forward(&state), cudaSuccess);
-      cuda_emulator::set_schedule(cuda_emulator::Schedule::kAscending);
       auto all = emulated::widen(call.out);
       all.insert(all.end(), state.kv.begin(), state.kv.end());
+      all.insert(all.end(), state.votes.begin(), state.votes.end());
+      for (int t = 30; t < 70 && !state.votes.empty(); ++t) call.update(t, state);
+      const auto updated = emulated::widen(call.out);
+      all.insert(all.end(), updated.begin(), updated.end());
+      cuda_emulator::set_schedule(cuda_emulator::Schedule::kAscending);
       return all;
     };
     const auto first = run(cuda_emulator::Schedule::kAscending);

@@ -1,0 +1,199 @@
+"""What a conversion keeps of its teacher, recipe by recipe: the rows of docs/quality.md.
+
+    python benchmarks/quality.py                           # the recipes, and which have results
+    python benchmarks/quality.py --run window "hard 64"    # measure some; about three minutes each
+    python benchmarks/quality.py --run all                 # those that have no result yet
+
+A recipe is a config and what distill is told. Each leaves a JSON in benchmarks/results/quality/
+with its tokens, seconds and seed; readme_table.py makes the tables of them. The model is
+dijiang.load_base's (SmolLM2-135M), the text Python's own help, held-out documents measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, arguments, machine, table
+from dijiang import DiJiangConfig, calibrate, convert, data, distill, evaluate, load_base
+from dijiang.modules import AttentionKernel
+
+FOLDER = RESULTS / "quality"
+LENGTHS = {1024: 6, 2048: 3, 8192: 1}  # of windows, and how many
+DISTANCES = (400, 1500, 3000)  # of recall
+TRIALS = 8
+CALIBRATION = {"length": 2048, "rows": 2}
+# Attention's own weights learn by KL to the teacher, features and gates with them.
+TRAINED = {"tokens": 32768, "length": 2048}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    config: DiJiangConfig | None = None  # None: the teacher
+    calibrate: bool = False
+    train: Mapping[str, Any] = field(default_factory=dict)  # distill's arguments; none: untrained
+    note: str = ""
+
+
+def exact(**options) -> DiJiangConfig:
+    """No far keys: what is not kept is lost."""
+    return DiJiangConfig.window_only(64, 4, **options)
+
+
+RECIPES: dict[str, Recipe] = {
+    "teacher": Recipe(note="softmax attention"),
+    "window": Recipe(exact(), note="64 + 4 sinks"),
+    "window, far": Recipe(DiJiangConfig(), calibrate=True, note="far keys calibrated"),
+    "hard 64": Recipe(exact(cache_size=64), note="no far keys"),
+    "hard 64, far": Recipe(DiJiangConfig(cache_size=64), calibrate=True, note="calibrated"),
+    "hard 128": Recipe(exact(cache_size=128), note="as large as hard 64 with far keys"),
+    "hard 256": Recipe(exact(cache_size=256), note="no far keys"),
+    "hard 256, far": Recipe(DiJiangConfig(cache_size=256), calibrate=True, note="calibrated"),
+    "window, trained": Recipe(exact(), train=TRAINED),
+    "window, far, trained": Recipe(DiJiangConfig(), train=TRAINED),
+    "hard 64, trained": Recipe(exact(cache_size=64), train=TRAINED),
+    "hard 64, far, trained": Recipe(DiJiangConfig(cache_size=64), train=TRAINED),
+    "hard 128, trained": Recipe(exact(cache_size=128), train=TRAINED),
+    "hard 256, far, trained": Recipe(DiJiangConfig(cache_size=256), train=TRAINED),
+}
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / f"{name.replace(', ', '_').replace(' ', '-')}.json"
+
+
+def results() -> dict[str, dict]:
+    """The results there are, in the order of RECIPES."""
+    paths = {name: path_of(name) for name in RECIPES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.base, self.tokenizer = load_base()
+        corpus = data.load_text()
+        self.train = data.tokenize(corpus.train, self.tokenizer)
+        self.held_out = data.tokenize(corpus.held_out, self.tokenizer)
+
+    def run(self, name: str) -> dict:
+        recipe = RECIPES[name]
+        model, training = self.base, {}
+        if recipe.config is not None:
+            model = convert(copy.deepcopy(self.base), recipe.config)
+            begin = time.monotonic()
+            if recipe.calibrate:
+                rows = data.cut(self.train, CALIBRATION["length"], blocks=CALIBRATION["rows"])
+                calibrate(model, rows)
+                training = {"calibration": rows.numel()}
+            if recipe.train:
+                wanted = dict(recipe.train)
+                rows = data.cut(self.train, wanted.pop("length"))
+                done = distill(model, rows, teacher=self.base, **wanted)
+                training = {"tokens": wanted["tokens"], "start": done.start}
+            training["seconds"] = round(time.monotonic() - begin, 1)
+        return {
+            "name": name,
+            "note": recipe.note,
+            "config": None if recipe.config is None else recipe.config.to_dict(),
+            "train": dict(recipe.train),
+            "training": training,
+            "state_bytes": state_bytes(self.base, recipe.config),
+            "measured": self.measure(model),
+            "machine": machine(),
+        }
+
+    def measure(self, model) -> dict:
+        begin = time.monotonic()
+        model.eval()
+        prose, tokenizer = self.held_out, self.tokenizer
+        windows = {n: data.cut(prose, n, blocks=blocks) for n, blocks in LENGTHS.items()}
+        near = evaluate.agreement(model, self.base, windows[1024])
+        return {
+            "perplexity": [
+                dataclasses.asdict(evaluate.perplexity(model, rows)) for rows in windows.values()
+            ],
+            "kl": near.kl,
+            "kl_standard_error": near.kl_standard_error,
+            "top1": near.top1,
+            "pass_key": [
+                dataclasses.asdict(
+                    evaluate.pass_key_recall(model, tokenizer, prose, distance, trials=TRIALS)
+                )
+                for distance in DISTANCES
+            ],
+            "associative": [
+                dataclasses.asdict(
+                    evaluate.associative_recall(model, tokenizer, prose, distance, trials=TRIALS)
+                )
+                for distance in DISTANCES[:2]
+            ],
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+
+
+def state_bytes(base, config: DiJiangConfig | None) -> int:
+    """Of a key/value head after 8192 tokens in bfloat16."""
+    c = base.config
+    headdim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if config is None:
+        return 8192 * 2 * headdim * 2
+    kernel = AttentionKernel(config, heads=1, kv_heads=1, headdim=headdim)
+    state = kernel.empty_state(1, torch.bfloat16, "cpu")
+    return sum(x.numel() * x.element_size() for x in state if x is not None)
+
+
+def summary(rows: Mapping[str, dict]) -> str:
+    """Perplexities with the share of the gap closed, KL, recall and size, a recipe a row."""
+    header = ["recipe", "tokens", "KiB a head"]
+    header += [f"perplexity {n}" for n in LENGTHS] + ["KL", "same token"]
+    header += [f"pass key {n}" for n in DISTANCES] + [f"associative {n}" for n in DISTANCES[:2]]
+    ends = [rows.get(name) for name in ("teacher", "window")]
+    lines = []
+    for name, row in rows.items():
+        measured = row["measured"]
+        cells = [name, row["training"].get("tokens", 0), f"{row['state_bytes'] / 1024:.0f}"]
+        for i, one in enumerate(measured["perplexity"]):
+            cell = f"{one['perplexity']:.2f}"
+            if all(ends) and name not in ("teacher", "window"):
+                best, worst = (end["measured"]["perplexity"][i]["perplexity"] for end in ends)
+                cell += f" ({100 * evaluate.gap_closed(best, worst, one['perplexity']):.0f} %)"
+            cells.append(cell)
+        cells += [f"{measured['kl']:.3f}", f"{100 * measured['top1']:.0f} %"]
+        cells += [f"{100 * one['accuracy']:.0f} %" for one in measured["pass_key"]]
+        cells += [f"{100 * one['accuracy']:.0f} %" for one in measured["associative"]]
+        lines.append(cells)
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    unknown = set(options.run) - set(RECIPES) - {"all"}
+    if unknown:
+        parser.error(f"no recipe {', '.join(map(repr, sorted(unknown)))}")
+    names = [name for name in options.run if name != "all"]
+    if "all" in options.run:
+        names = [name for name in RECIPES if not path_of(name).exists()]
+    bench = Bench() if names else None
+    for name in names:
+        row = bench.run(name)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        path_of(name).write_text(json.dumps(row, indent=1) + "\n")
+        print(summary({n: r for n, r in results().items() if n in ("teacher", "window", name)}))
+    done = results()
+    missing = [name for name in RECIPES if name not in done]
+    print(summary(done) if done else "no results yet")
+    print(f"\nno result yet: {'; '.join(missing) or 'none missing'}")
+
+
+if __name__ == "__main__":
+    main()
