@@ -1,11 +1,11 @@
-"""Writes the measured tables of README.md and docs/performance.md from benchmarks/results/.
+"""Writes the measured tables of README.md, docs/performance.md and docs/quality.md from results/.
 
     python benchmarks/readme_table.py            # rewrite
     python benchmarks/readme_table.py --check    # exit 1 if a table is not that of its results
     python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
-memory.py, dct.py and model.py, and from a demo's results.json kept as demo.json.
+memory.py, dct.py, model.py and quality.py, and from a demo's results.json kept as demo.json.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import floor
+import quality as recipes
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/performance.md")
+FILES = ("README.md", "docs/performance.md", "docs/quality.md")
 
 
 def quality() -> str:
@@ -212,7 +213,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "dct": dct,
     "dct sizes": dct_sizes,
     "model": model,
+    "recipes": lambda: recipes.language(recipes.results()) + "\n\n" + _recipes_measured(),
+    "recipes recall": lambda: recipes.recall(recipes.results()),
 }
+
+
+def _recipes_measured() -> str:
+    """The machines of the recipes, but for their load: each a row that took minutes."""
+    machines = {row["machine"].partition(", load")[0] for row in recipes.results().values()}
+    return f"Measured on {'; '.join(sorted(machines))}."
 
 
 def _demo() -> dict:

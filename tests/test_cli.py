@@ -86,11 +86,13 @@ def test_info(run):
 def test_convert_then_eval_generate_bench(run, folder, text, tmp_path):
     out_folder = tmp_path / "converted"
     code, out, err = run(
-        "convert", "--model", folder, "--data", text, "--window", 16, "--out", out_folder, "--json"
-    )
+        "convert", "--model", folder, "--data", text, "--window", 16, "--cache-size", 4,
+        "--out", out_folder, "--json",
+    )  # fmt: skip
     assert code == 0, err
     made = json.loads(out)
-    assert made["config"]["window"] == 16 and "calibrated" in made["start"]
+    assert made["config"]["window"] == 16 and made["config"]["cache_size"] == 4
+    assert "calibrated" in made["start"]
     assert (out_folder / "model.safetensors").exists()
 
     code, out, err = run(

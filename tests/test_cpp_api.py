@@ -48,6 +48,14 @@ int main() {
   auto near_next =
       kernelized_attention_update(last(q), last(k), last(k), near_state, fq, fk, options);
   if (error(near_next, last(near)) > 1e-5 || error(near, whole) < 1e-3) return 4;
+
+  options.cache_size = 3;
+  auto [hard, unused_hard] = kernelized_attention(q, k, k, fq, fk, options);
+  auto [hard_part, hard_state] =
+      kernelized_attention(before(q), before(k), before(k), fq, fk, options);
+  auto hard_next =
+      kernelized_attention_update(last(q), last(k), last(k), hard_state, fq, fk, options);
+  if (error(hard_next, last(hard)) > 1e-5 || error(hard, near) < 1e-3) return 5;
   return 0;
 }
 """

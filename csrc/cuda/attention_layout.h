@@ -74,6 +74,7 @@ struct Attention {
   bool has_decay;
   bool has_given_window;  // keys before the call may lie in window and sink buffers
   bool has_inner;         // chunks have far keys of their own
+  int64_t cache_rows;     // of the table of hard keys, a kv head
 };
 
 // Hands out 256-byte aligned pieces; with a null base it only counts.
@@ -132,7 +133,8 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   w.near_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
   w.exact = arena.take<uint8_t>(p.batch * p.num_heads * p.seqlen);
   if (p.cache_size == 0) return a;
-  const int64_t rows = p.num_kv_heads * a.params.cache_rows();
+  a.cache_rows = a.params.cache_rows();
+  const int64_t rows = p.num_kv_heads * a.cache_rows;
   const bool kept = p.given || p.chosen;  // by the caller
   int32_t* own = arena.take<int32_t>(kept ? 0 : rows * p.cache_size);
   w.chosen = p.given ? nullptr : p.chosen ? p.chosen : own;
@@ -174,7 +176,7 @@ __device__ inline int64_t row_index(const LinearAttentionParams& p, int64_t head
 
 // Row of a block in the tables of hard keys.
 __device__ inline int64_t row_of(const Attention& a, const Chunk& c, int kv_head, int64_t block) {
-  return kv_head * a.params.cache_rows() + c.table_row + block;
+  return kv_head * a.cache_rows + c.table_row + block;
 }
 
 // Keys, values, their features and decay by position: from the call's tensors, or, before its
@@ -412,8 +414,9 @@ __device__ inline Chunk make_chunk(const Attention& a, int64_t n, const Sequence
   c.key_count = static_cast<int>(non_negative(key_end - key_begin));
   const int64_t skip = non_negative(p.sinks - key_begin);
   c.key_skip = skip < c.key_count ? static_cast<int>(skip) : c.key_count;
-  c.table_row =
-      w == 0 ? 0 : p.cache_row(n, int64_t{s.batch} * p.seqlen + s.begin) - s.start_pos / w;
+  // As LinearAttentionParams::cache_row.
+  const int64_t first_token = int64_t{s.batch} * p.seqlen + s.begin;
+  c.table_row = w == 0 ? 0 : first_token / w + 2 * n - s.start_pos / w;
   return c;
 }
 

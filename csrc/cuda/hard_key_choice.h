@@ -16,7 +16,9 @@ struct Choice {
   int* entering;  // scratch: those of the block that stay, in order
   int* kept;
 
-  static int64_t candidates(const LinearAttentionParams& p) { return p.cache_size + p.window; }
+  __host__ __device__ static int64_t candidates(const LinearAttentionParams& p) {
+    return p.cache_size + p.window;
+  }
   // What `take` takes, in floats.
   static int64_t floats(const LinearAttentionParams& p) { return 4 * candidates(p) + p.cache_size; }
   // All but votes and sums.

@@ -40,6 +40,13 @@ struct AttentionState : LinearAttentionState {
   OptionalTensor sink_k;        // (num_seqs, kv heads, sinks, headdim)
   OptionalTensor sink_v;        // (num_seqs, kv heads, sinks, headdim_v)
   OptionalTensor length;        // (num_seqs) int64; absent without window and sinks
+  // Absent without hard keys.
+  OptionalTensor cache_k;         // (num_seqs, kv heads, cache_size, headdim)
+  OptionalTensor cache_v;         // (num_seqs, kv heads, cache_size, headdim_v)
+  OptionalTensor cache_position;  // (num_seqs, kv heads, cache_size) int64; -1: an empty slot
+  OptionalTensor cache_decay;     // (num_seqs, kv heads, cache_size); absent: no decay
+  OptionalTensor cache_votes;     // (num_seqs, kv heads, cache_size + window)
+  OptionalTensor cache_sums;      // (num_seqs, kv heads, headdim + headdim_v)
 };
 
 struct LinearAttentionOptions {
@@ -54,6 +61,8 @@ struct AttentionOptions : LinearAttentionOptions {
   std::optional<double> scale;  // absent: 1 / sqrt(headdim)
   int64_t window = 0;
   int64_t sinks = 0;
+  int64_t cache_size = 0;    // hard keys a kv head; needs a window
+  OptionalTensor hard_keys;  // int32 (kv heads, rows, cache_size): kept in place of a choice
 };
 
 namespace detail {
@@ -63,8 +72,9 @@ auto op(const char* name) {
 }
 using Optional = const OptionalTensor&;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Twelve = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                          Tensor, Tensor, Tensor>;
+using Nineteen =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline double scale_of(const AttentionOptions& options, const Tensor& q) {
   return options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
 }
@@ -119,17 +129,20 @@ inline std::tuple<Tensor, AttentionState> kernelized_attention(const Tensor& q, 
                                                                const AttentionOptions& options = {},
                                                                const AttentionState& initial = {}) {
   using detail::Optional;
-  using F = detail::Twelve(const Tensor&, const Tensor&, const Tensor&, Optional, Optional,
-                           Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-                           Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-                           Optional, int64_t, double, int64_t, int64_t, bool, double, bool);
+  using F = detail::Nineteen(
+      const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional, Optional,
+      Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+      Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+      Optional, int64_t, double, int64_t, int64_t, int64_t, bool, double, bool);
   static const auto op = detail::op<F>("dijiang::kernelized_attention_fwd");
   auto r = op.call(q, k, v, fq.omega, fq.log_weight, fq.beta, fk.omega, fk.log_weight, fk.beta,
                    options.log_decay, options.segments, initial.kv, initial.z, initial.log_scale,
                    initial.window_k, initial.window_v, initial.window_decay, initial.sink_k,
-                   initial.sink_v, initial.length, static_cast<int64_t>(options.kind),
-                   detail::scale_of(options, q), options.window, options.sinks, options.normalize,
-                   options.eps, /*return_state=*/true);
+                   initial.sink_v, initial.length, initial.cache_k, initial.cache_v,
+                   initial.cache_position, initial.cache_decay, initial.cache_votes,
+                   initial.cache_sums, options.hard_keys, static_cast<int64_t>(options.kind),
+                   detail::scale_of(options, q), options.window, options.sinks, options.cache_size,
+                   options.normalize, options.eps, /*return_state=*/true);
   AttentionState state;
   state.kv = std::get<3>(r);
   state.z = std::get<4>(r);
@@ -140,6 +153,13 @@ inline std::tuple<Tensor, AttentionState> kernelized_attention(const Tensor& q, 
   state.sink_k = std::get<9>(r);
   state.sink_v = std::get<10>(r);
   if (options.window > 0 || options.sinks > 0) state.length = std::get<11>(r);
+  if (options.cache_size == 0) return {std::get<0>(r), state};
+  state.cache_k = std::get<12>(r);
+  state.cache_v = std::get<13>(r);
+  state.cache_position = std::get<14>(r);
+  if (options.log_decay) state.cache_decay = std::get<15>(r);
+  state.cache_votes = std::get<16>(r);
+  state.cache_sums = std::get<17>(r);
   return {std::get<0>(r), state};
 }
 
@@ -152,14 +172,16 @@ inline Tensor kernelized_attention_update(const Tensor& q, const Tensor& k, cons
   using F =
       Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional,
              Optional, Optional, Optional, Tensor&, Tensor&, Tensor&, Tensor&, Tensor&, Optional,
-             Tensor&, Tensor&, Optional, int64_t, double, int64_t, int64_t, bool, double);
+             Tensor&, Tensor&, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+             int64_t, double, int64_t, int64_t, int64_t, bool, double);
   static const auto op = detail::op<F>("dijiang::kernelized_attention_update");
   return op.call(q, k, v, fq.omega, fq.log_weight, fq.beta, fk.omega, fk.log_weight, fk.beta,
                  options.log_decay, state.kv.value(), state.z.value(), state.log_scale.value(),
                  state.window_k.value(), state.window_v.value(), state.window_decay,
-                 state.sink_k.value(), state.sink_v.value(), state.length,
-                 static_cast<int64_t>(options.kind), detail::scale_of(options, q), options.window,
-                 options.sinks, options.normalize, options.eps);
+                 state.sink_k.value(), state.sink_v.value(), state.length, state.cache_k,
+                 state.cache_v, state.cache_position, state.cache_decay, state.cache_votes,
+                 state.cache_sums, static_cast<int64_t>(options.kind), detail::scale_of(options, q),
+                 options.window, options.sinks, options.cache_size, options.normalize, options.eps);
 }
 
 }  // namespace dijiang::ops
