@@ -31,6 +31,7 @@ from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMIT_FORWARD, LIMIT_BACKWARD = 1e-5, 2e-5
+LIMIT_CHOICE = 0.02  # ties that rounding decides, and what follows from them
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -69,6 +70,24 @@ def errors(op: Callable, oracle: Callable, inputs: list[Tensor]) -> tuple[list[f
     return measure(op), measure(oracle)
 
 
+def near_keys(window: int, sinks: int, cache_size: int = 0) -> dict[str, int]:
+    return {"window": window, "sinks": sinks, "cache_size": cache_size}
+
+
+def described(options: dict[str, int]) -> str:
+    hard = f", {options['cache_size']} hard keys" if options["cache_size"] else ""
+    return f"window {options['window']}, sinks {options['sinks']}{hard}"
+
+
+def with_hard_keys(q: Tensor, k: Tensor, v: Tensor, options: dict[str, int]) -> dict:
+    """The options, and the oracle's choice in float64: a tie must not look like an error."""
+    if not options["cache_size"]:
+        return options
+    wide = (x.detach().double() for x in (q, k, v))
+    table = reference.choose_hard_keys(*wide, scale=q.shape[-1] ** -0.5, **options)
+    return options | {"hard_keys": table}
+
+
 def attention_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
     """(name, op, oracle, inputs of a dtype)."""
     batch, heads, kv_heads, tokens, dim = 2, 4, 2, 300, 64
@@ -101,18 +120,18 @@ def attention_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
         for kind in ("exp", "softmax", "elu"):
             fq = parameters(heads, 96, dim, kind)
             fk = parameters(kv_heads, 96, dim, kind)
-            for window, sinks in ((0, 0), (16, 4), (64, 4), (100, 0)):
-                options = {"window": window, "sinks": sinks}
+            for near in ((0, 0), (16, 4), (64, 4), (100, 0), (16, 4, 24), (64, 0, 70)):
+                options = near_keys(*near)
 
                 def op(q, k, v, fq=fq, fk=fk, options=options, d=log_decay):
-                    return dijiang.ops.kernelized_attention(q, k, v, fq, fk, log_decay=d, **options)
+                    kept = with_hard_keys(q, k, v, options)
+                    return dijiang.ops.kernelized_attention(q, k, v, fq, fk, log_decay=d, **kept)
 
                 def oracle(q, k, v, fq=fq, fk=fk, options=options, d=wide_decay):
-                    return reference.kernelized_attention(
-                        q, k, v, fq, fk, log_decay=d(q), **options
-                    )
+                    kept = with_hard_keys(q, k, v, options)
+                    return reference.kernelized_attention(q, k, v, fq, fk, log_decay=d(q), **kept)
 
-                name = f"kernelized_attention {kind}, window {window}, sinks {sinks}{suffix}"
+                name = f"kernelized_attention {kind}, {described(options)}{suffix}"
                 yield name, op, oracle, qkv
 
 
@@ -149,8 +168,8 @@ def decoding_errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     q = torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype)
     k, v = (torch.randn(batch, kv_heads, tokens, dim, device="cuda", dtype=dtype) for _ in "kv")
     fq, fk = parameters(heads, 96, dim, "exp"), parameters(kv_heads, 96, dim, "exp")
-    for window, sinks in ((0, 0), (16, 4), (64, 4)):
-        options = {"window": window, "sinks": sinks}
+    for near in ((0, 0), (16, 4), (64, 4), (16, 4, 24)):
+        options = near_keys(*near)
         whole = dijiang.ops.kernelized_attention(q, k, v, fq, fk, **options)
         head = [x[:, :, :130] for x in (q, k, v)]
         start = dijiang.ops.empty_attention_state(
@@ -166,7 +185,23 @@ def decoding_errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             for t in range(130, tokens)
         ]
         error = relative(torch.cat(steps, 2), whole[:, :, 130:])
-        yield f"kernelized_attention_update, window {window}, sinks {sinks}", error
+        yield f"kernelized_attention_update, {described(options)}", error
+
+
+def choice_errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    """Share of the slots, over all blocks, that hold another key than the oracle's."""
+    batch, heads, kv_heads, tokens, dim = 2, 4, 2, 300, 64
+    q = torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype)
+    k, v = (torch.randn(batch, kv_heads, tokens, dim, device="cuda", dtype=dtype) for _ in "kv")
+    for near in ((16, 4, 24), (64, 0, 70), (8, 9, 3)):
+        options = near_keys(*near)
+        _, table = dijiang.ops.kernelized_attention(q, k, v, return_hard_keys=True, **options)
+        wanted = with_hard_keys(q, k, v, options)["hard_keys"]
+        rows = reference.hard_key_rows(q, options["window"])
+        blocks = -(-tokens // options["window"])
+        used = torch.cat([torch.arange(row, row + blocks) for row in rows[:-1]])
+        different = (table[:, used] != wanted[:, used]).float().mean()
+        yield f"hard keys chosen, {described(options)}", different.item()
 
 
 def check() -> tuple[list[dict], bool]:
@@ -198,18 +233,19 @@ def check() -> tuple[list[dict], bool]:
             # Two roundings to the dtype apart at most.
             holds = error <= max(4 * torch.finfo(dtype).eps, LIMIT_FORWARD)
             good &= holds
-            rows.append(
-                {
-                    "operator": name,
-                    "dtype": label,
-                    "error": f"{error:.2e}",
-                    "plain PyTorch": "",
-                    "gradients": "",
-                    "plain gradients": "",
-                    "holds": "yes" if holds else "NO",
-                }
-            )
+            rows.append(lone_row(name, label, error, holds))
+        for name, error in choice_errors(dtype):
+            holds = error <= LIMIT_CHOICE
+            good &= holds
+            rows.append(lone_row(name, label, error, holds))
     return rows, good
+
+
+def lone_row(name: str, dtype: str, error: float, holds: bool) -> dict:
+    """A row of the report where there is no gradient and nothing to stand beside."""
+    row = {"operator": name, "dtype": dtype, "error": f"{error:.2e}"}
+    row |= dict.fromkeys(("plain PyTorch", "gradients", "plain gradients"), "")
+    return row | {"holds": "yes" if holds else "NO"}
 
 
 def milliseconds(functions: dict[str, Callable], rounds: int = 20) -> dict[str, float]:
@@ -232,7 +268,7 @@ def milliseconds(functions: dict[str, Callable], rounds: int = 20) -> dict[str, 
 def time_length(tokens: int) -> list[dict]:
     heads, kv_heads, dim, features = 32, 8, 128, 128
     fq, fk = parameters(heads, features, dim, "exp"), parameters(kv_heads, features, dim, "exp")
-    options = {"window": 64, "sinks": 4}
+    options = near_keys(64, 4)
     tensor = {"device": "cuda", "dtype": torch.bfloat16}
     q = torch.randn(1, heads, tokens, dim, **tensor)
     k, v = (torch.randn(1, kv_heads, tokens, dim, **tensor) for _ in "kv")
@@ -242,6 +278,9 @@ def time_length(tokens: int) -> list[dict]:
 
     def ours(q, k, v):
         return dijiang.ops.kernelized_attention(q, k, v, fq, fk, **options)
+
+    def hard(q, k, v):
+        return dijiang.ops.kernelized_attention(q, k, v, fq, fk, **near_keys(64, 4, 64))
 
     def softmax(q, k, v, causal=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
@@ -256,6 +295,8 @@ def time_length(tokens: int) -> list[dict]:
     pairs = {
         "forward": (lambda: ours(q, k, v), lambda: softmax(q, k, v)),
         "forward and backward": (lambda: train(ours), lambda: train(softmax)),
+        "forward, 64 hard keys": (lambda: hard(q, k, v), lambda: softmax(q, k, v)),
+        "forward and backward, 64 hard keys": (lambda: train(hard), lambda: train(softmax)),
         "one token": (update, lambda: softmax(one[0], k, v, causal=False)),
     }
     rows = []
