@@ -25,10 +25,18 @@ from common import RESULTS, arguments, machine, table
 from dijiang import DiJiangConfig, calibrate, convert, data, distill, evaluate, load_base
 from dijiang.modules import AttentionKernel
 
-FOLDER = RESULTS / "quality"
-LENGTHS = {1024: 6, 2048: 3, 8192: 1}  # of windows, and how many
-DISTANCES = (400, 1500, 3000)  # of recall
-TRIALS = 8
+
+@dataclass(frozen=True)
+class Sizes:
+    windows: Mapping[int, int]  # of perplexity: how many, by length
+    compared: int  # the length at which the teacher's predictions are compared
+    distances: tuple[int, ...]  # of recall
+    trials: int
+    train: Mapping[str, int] = field(default_factory=dict)  # in the place of the recipe's
+
+
+FULL = Sizes({1024: 6, 2048: 3, 8192: 1}, 1024, (400, 1500, 3000), 8)
+QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 256, "length": 256})
 CALIBRATION = {"length": 2048, "rows": 2}
 # Attention's own weights learn by KL to the teacher, features and gates with them.
 TRAINED = {"tokens": 16384, "length": 2048}
@@ -65,20 +73,21 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def path_of(name: str) -> Path:
-    return FOLDER / f"{name.replace(', ', '_').replace(' ', '-')}.json"
+def path_of(name: str, out: Path = RESULTS) -> Path:
+    return out / "quality" / f"{name.replace(', ', '_').replace(' ', '-')}.json"
 
 
-def results() -> dict[str, dict]:
+def results(out: Path = RESULTS) -> dict[str, dict]:
     """The results there are, in the order of RECIPES."""
-    paths = {name: path_of(name) for name in RECIPES}
+    paths = {name: path_of(name, out) for name in RECIPES}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 class Bench:
-    def __init__(self) -> None:
-        self.base, self.tokenizer = load_base()
-        corpus = data.load_text()
+    def __init__(self, model: str | None, text: str | None, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.base, self.tokenizer = load_base(model)
+        corpus = data.load_text(text)
         self.train = data.tokenize(corpus.train, self.tokenizer)
         self.held_out = data.tokenize(corpus.held_out, self.tokenizer)
 
@@ -89,11 +98,12 @@ class Bench:
             model = convert(copy.deepcopy(self.base), recipe.config)
             begin = time.monotonic()
             if recipe.calibrate:
-                rows = data.cut(self.train, CALIBRATION["length"], blocks=CALIBRATION["rows"])
+                rows = CALIBRATION | self.sizes.train
+                rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
                 calibrate(model, rows)
                 training = {"calibration": rows.numel()}
             if recipe.train:
-                wanted = dict(recipe.train)
+                wanted = {**recipe.train, **self.sizes.train}
                 rows = data.cut(self.train, wanted.pop("length"))
                 done = distill(model, rows, teacher=self.base, **wanted)
                 training = {"tokens": wanted["tokens"], "start": done.start}
@@ -113,8 +123,9 @@ class Bench:
         begin = time.monotonic()
         model.eval()
         prose, tokenizer = self.held_out, self.tokenizer
-        windows = {n: data.cut(prose, n, blocks=blocks) for n, blocks in LENGTHS.items()}
-        near = evaluate.agreement(model, self.base, windows[1024])
+        sizes = self.sizes
+        windows = {n: data.cut(prose, n, blocks=blocks) for n, blocks in sizes.windows.items()}
+        near = evaluate.agreement(model, self.base, windows[sizes.compared])
         return {
             "perplexity": [
                 dataclasses.asdict(evaluate.perplexity(model, rows)) for rows in windows.values()
@@ -124,15 +135,17 @@ class Bench:
             "top1": near.top1,
             "pass_key": [
                 dataclasses.asdict(
-                    evaluate.pass_key_recall(model, tokenizer, prose, distance, trials=TRIALS)
+                    evaluate.pass_key_recall(model, tokenizer, prose, distance, trials=sizes.trials)
                 )
-                for distance in DISTANCES
+                for distance in sizes.distances
             ],
             "associative": [
                 dataclasses.asdict(
-                    evaluate.associative_recall(model, tokenizer, prose, distance, trials=TRIALS)
+                    evaluate.associative_recall(
+                        model, tokenizer, prose, distance, trials=sizes.trials
+                    )
                 )
-                for distance in DISTANCES[:2]
+                for distance in sizes.distances[:2]
             ],
             "seconds": round(time.monotonic() - begin, 1),
         }
@@ -152,7 +165,8 @@ def state_bytes(base, config: DiJiangConfig | None) -> int:
 def language(rows: Mapping[str, dict]) -> str:
     """Perplexities, with the share of the gap from `window` to the teacher that is closed."""
     header = ["recipe", "tokens trained", "KiB a head"]
-    header += [f"perplexity {n}" for n in LENGTHS] + ["KL to the teacher", "same token"]
+    header += [f"perplexity {one['length']}" for one in _first(rows).get("perplexity", ())]
+    header += ["KL to the teacher", "same token"]
     ends = [rows.get(name) for name in ("teacher", "window")]
     lines = []
     for name, row in rows.items():
@@ -162,7 +176,9 @@ def language(rows: Mapping[str, dict]) -> str:
             cell = f"{one['perplexity']:.2f}"
             if all(ends) and name not in ("teacher", "window"):
                 best, worst = (end["measured"]["perplexity"][i]["perplexity"] for end in ends)
-                cell += f" ({100 * evaluate.gap_closed(best, worst, one['perplexity']):.0f} %)"
+                if worst > best:  # in short windows every key is exact
+                    closed = evaluate.gap_closed(best, worst, one["perplexity"])
+                    cell += f" ({100 * closed:.0f} %)"
             cells.append(cell)
         cells += [f"{measured['kl']:.3f}", f"{100 * measured['top1']:.0f} %"]
         lines.append(cells)
@@ -171,14 +187,19 @@ def language(rows: Mapping[str, dict]) -> str:
 
 def recall(rows: Mapping[str, dict]) -> str:
     """Answer tokens that are right, and their loss, behind so many tokens."""
-    header = ["recipe"] + [f"pass key {n}" for n in DISTANCES]
-    header += [f"associative {n}" for n in DISTANCES[:2]]
+    header = ["recipe"]
+    for kind, name in (("pass_key", "pass key"), ("associative", "associative")):
+        header += [f"{name} {one['distance']}" for one in _first(rows).get(kind, ())]
     lines = []
     for name, row in rows.items():
         asked = row["measured"]["pass_key"] + row["measured"]["associative"]
         cells = [f"{100 * one['accuracy']:.0f} % ({one['loss']:.2f})" for one in asked]
         lines.append([name, *cells])
     return table(header, lines)
+
+
+def _first(rows: Mapping[str, dict]) -> dict:
+    return next((row["measured"] for row in rows.values()), {})
 
 
 def summary(rows: Mapping[str, dict]) -> str:
@@ -188,6 +209,8 @@ def summary(rows: Mapping[str, dict]) -> str:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
+    parser.add_argument("--model", help="folder, hub id or GGUF file; none: load_base's default")
+    parser.add_argument("--data", help="text file or folder; none: Python's own help")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     unknown = set(options.run) - set(RECIPES) - {"all"}
@@ -195,14 +218,17 @@ def main() -> None:
         parser.error(f"no recipe {', '.join(map(repr, sorted(unknown)))}")
     names = [name for name in options.run if name != "all"]
     if "all" in options.run:
-        names = [name for name in RECIPES if not path_of(name).exists()]
-    bench = Bench() if names else None
+        names = [name for name in RECIPES if not path_of(name, options.out).exists()]
+    sizes = QUICK if options.quick else FULL
+    bench = Bench(options.model, options.data, sizes) if names else None
     for name in names:
         row = bench.run(name)
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        path_of(name).write_text(json.dumps(row, indent=1) + "\n")
-        print(summary({n: r for n, r in results().items() if n in ("teacher", "window", name)}))
-    done = results()
+        path = path_of(name, options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=1) + "\n")
+        done = results(options.out).items()
+        print(summary({n: row for n, row in done if n in ("teacher", "window", name)}))
+    done = results(options.out)
     missing = [name for name in RECIPES if name not in done]
     print(summary(done) if done else "no results yet")
     print(f"\nno result yet: {'; '.join(missing) or 'none missing'}")

@@ -1,12 +1,14 @@
 """The benchmarks run in their quick mode, and the README's tables are those of their results."""
 
 import csv
+import json
 import pathlib
 import subprocess
 import sys
 import types
 
 import pytest
+from tiny import tiny_llama
 
 pytest.importorskip("matplotlib")
 
@@ -77,6 +79,34 @@ def test_dct(folder):
     assert (folder / "dct.png").exists()
 
 
+def test_quality(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Note {i}: " + "the cat sat on the mat " * 9 for i in range(90)))
+    command = [
+        sys.executable, BENCHMARKS / "quality.py", "--quick", "--out", tmp_path, "--threads", "2",
+        "--model", model, "--data", text, "--run", "teacher", "window", "hard 64, far, trained",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {
+        path.stem: json.loads(path.read_text()) for path in (tmp_path / "quality").glob("*.json")
+    }
+    assert set(rows) == {"teacher", "window", "hard-64_far_trained"}
+    assert rows["teacher"]["measured"]["kl"] < 1e-6
+    trained = rows["hard-64_far_trained"]
+    assert trained["config"]["cache_size"] == 64 and trained["training"]["tokens"] == 256
+    # A window of 64 + 64 sees all of 64 tokens.
+    for length, equal in ((64, True), (128, True)):
+        teacher, window = (
+            next(x["perplexity"] for x in rows[name]["measured"]["perplexity"]
+                 if x["length"] == length)
+            for name in ("teacher", "window")
+        )  # fmt: skip
+        assert (abs(teacher - window) < 1e-3 * teacher) == equal
+    assert f"{trained['measured']['kl']:.3f}" in done.stdout
+
+
 def test_model(folder):
     pytest.importorskip("transformers")
     rows = run("model", folder)
@@ -97,10 +127,11 @@ def bench(monkeypatch):
     import dct
     import floor
     import formulas
+    import quality
     import readme_table
     import rivals
 
-    scripts = (common, cpu, dct, floor, formulas, readme_table, rivals)
+    scripts = (common, cpu, dct, floor, formulas, quality, readme_table, rivals)
     yield types.SimpleNamespace(**{script.__name__: script for script in scripts})
     for script in scripts:
         sys.modules.pop(script.__name__)
