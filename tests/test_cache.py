@@ -36,6 +36,7 @@ def test_size_is_constant(model):
 
 def test_size_with_hard_keys_is_constant():
     model = dijiang.convert(tiny_model(), CONFIG.replace(cache_size=6))
+    assert "6 hard keys" in model.dijiang_start
     sizes = {length: filled(model, ids_of(1, length)).nbytes() for length in (1, 16, 100, 1000)}
     heads, d, features, exact = 2, 16, 32, 2 * 8 + 2 + 6
     # As above; besides, votes for slots and a block and two sums in float32, positions in int64.

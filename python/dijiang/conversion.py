@@ -95,14 +95,15 @@ def convert(
     model.config.dijiang = config.to_dict()
     _set_attention(model, NAME)
 
+    hard = f" and {config.cache_size} hard keys" if config.cache_size else ""
     if config.feature_map is None:
-        start = "window and sinks alone: there are no far keys"
+        start = f"window and sinks{hard} alone: there are no far keys"
     elif not config.has_near:
         start = "far keys alone, untrained features: expect little before distill"
     elif config.gate != "auto":
-        start = f"window, sinks and far keys of log-weight {config.gate:g}"
+        start = f"window, sinks{hard} and far keys of log-weight {config.gate:g}"
     else:
-        start = "window and sinks alone: the far keys are closed until calibrate or distill"
+        start = f"window and sinks{hard} alone: the far keys are closed until calibrate or distill"
     model.dijiang_start = start
     if calibration is not None:
         try:
