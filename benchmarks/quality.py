@@ -126,10 +126,12 @@ class Bench:
         sizes = self.sizes
         windows = {n: data.cut(prose, n, blocks=blocks) for n, blocks in sizes.windows.items()}
         near = evaluate.agreement(model, self.base, windows[sizes.compared])
+        perplexities = [
+            near.student if n == sizes.compared else evaluate.perplexity(model, rows)
+            for n, rows in windows.items()
+        ]
         return {
-            "perplexity": [
-                dataclasses.asdict(evaluate.perplexity(model, rows)) for rows in windows.values()
-            ],
+            "perplexity": [dataclasses.asdict(one) for one in perplexities],
             "kl": near.kl,
             "kl_standard_error": near.kl_standard_error,
             "top1": near.top1,

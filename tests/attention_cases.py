@@ -211,9 +211,7 @@ def held_as_hard_keys(case, scale):
     p = torch.arange(q.shape[2])
     held = []
     for row in reference.hard_key_rows(q, options["window"])[:-1]:
-        slots = table[:, row : row + len(p) // options["window"] + 1]
-        in_block = (slots[..., None] == p).any(-2)
-        held.append(in_block[:, p // options["window"]])
+        held.append(reference.held_keys(table[:, row + p // options["window"]], len(p)))
     return torch.stack(held).repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 

@@ -40,22 +40,20 @@ int main() {
   auto [fused, unused_too] = kernelized_attention(q, k, k, fq, fk, options);
   if (error(fused, whole) > 1e-4) return 3;
 
+  // All tokens at once, and how far the last one differs from an update after the others.
+  auto attend = [&](const AttentionOptions& options) {
+    auto [all, unused] = kernelized_attention(q, k, k, fq, fk, options);
+    auto [part, state] = kernelized_attention(before(q), before(k), before(k), fq, fk, options);
+    auto next = kernelized_attention_update(last(q), last(k), last(k), state, fq, fk, options);
+    return std::make_pair(all, error(next, last(all)));
+  };
   options.window = 4;
   options.sinks = 1;
-  auto [near, unused_near] = kernelized_attention(q, k, k, fq, fk, options);
-  auto [near_part, near_state] =
-      kernelized_attention(before(q), before(k), before(k), fq, fk, options);
-  auto near_next =
-      kernelized_attention_update(last(q), last(k), last(k), near_state, fq, fk, options);
-  if (error(near_next, last(near)) > 1e-5 || error(near, whole) < 1e-3) return 4;
-
+  auto [near, near_error] = attend(options);
+  if (near_error > 1e-5 || error(near, whole) < 1e-3) return 4;
   options.cache_size = 3;
-  auto [hard, unused_hard] = kernelized_attention(q, k, k, fq, fk, options);
-  auto [hard_part, hard_state] =
-      kernelized_attention(before(q), before(k), before(k), fq, fk, options);
-  auto hard_next =
-      kernelized_attention_update(last(q), last(k), last(k), hard_state, fq, fk, options);
-  if (error(hard_next, last(hard)) > 1e-5 || error(hard, near) < 1e-3) return 5;
+  auto [hard, hard_error] = attend(options);
+  if (hard_error > 1e-5 || error(hard, near) < 1e-3) return 5;
   return 0;
 }
 """

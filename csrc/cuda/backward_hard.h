@@ -18,20 +18,13 @@ struct HardShared {
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads) grad_hard_keys(Backward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  auto* x_tile = reinterpret_cast<float*>(raw);
-  float* y_tile = x_tile + kDepthTile;
-  float* weights = y_tile + NearShared<kColumns>::kOperand;
-  float* other = weights + kSquareTile;
-  float* result = x_tile;
-  float* sums = x_tile + NearShared<kColumns>::kFloats;  // (64, kColumns)
+  const NearShared<kColumns> tiles(reinterpret_cast<float*>(raw));
+  float* sums = tiles.x_tile + NearShared<kColumns>::kFloats;  // (64, kColumns)
   constexpr int kStride = NearShared<kColumns>::kStride;
   int* held = reinterpret_cast<int*>(sums + kRows * kStride);
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
-  const int key_columns = static_cast<int>((p.headdim + kColumns - 1) / kColumns);
-  const bool for_values = static_cast<int>(blockIdx.z) >= key_columns;
-  const int64_t j0 = static_cast<int64_t>(blockIdx.z - (for_values ? key_columns : 0)) * kColumns;
-  const int64_t width = for_values ? p.headdim_v : p.headdim;
+  const KeyColumns<kColumns> columns(p);
   const int64_t slot_tiles = (p.cache_size + kRows - 1) / kRows;
   const int64_t n = blockIdx.x / slot_tiles, slot0 = blockIdx.x % slot_tiles * kRows;
   const int head = blockIdx.y, tid = threadIdx.x;
@@ -43,11 +36,11 @@ __global__ void __launch_bounds__(kThreads) grad_hard_keys(Backward b) {
 
   // What slot r gathered goes to its key.
   const auto flush = [&](int r, int j) {
-    const float x = sums[r * kStride + j] * (for_values ? 1.0f : static_cast<float>(p.scale));
+    const float x = sums[r * kStride + j] * columns.factor;
     sums[r * kStride + j] = 0.0f;
-    if (held[r] < s.start_pos || j0 + j >= width) return;
+    if (held[r] < s.start_pos || columns.j0 + j >= columns.width) return;
     const int64_t row = row_index(p, p.num_kv_heads, c.batch, head, token_of(c, held[r]));
-    (for_values ? b.work.grad_v : b.work.near_k)[row * width + j0 + j] += x;
+    (columns.for_values ? b.work.grad_v : b.work.near_k)[row * columns.width + columns.j0 + j] += x;
   };
   for (int e = tid; e < kRows * kStride; e += kThreads) sums[e] = 0.0f;
   for (int r = tid; r < kRows; r += kThreads) held[r] = -1;
@@ -70,46 +63,17 @@ __global__ void __launch_bounds__(kThreads) grad_hard_keys(Backward b) {
     const int64_t end = (block + 1) * p.window < c.end_pos ? (block + 1) * p.window : c.end_pos;
     TileProduct<T, kColumns> product;
     for (int g = 0; g < a.group; ++g) {
-      const int query_head = head * a.group + g;
-      for (int64_t q0 = begin; q0 < end; q0 += kRows) {
-        const int rows = static_cast<int>(end - q0 < kRows ? end - q0 : kRows);
-        const auto q_row = [&](int r) {
-          return view_row<T>(p.q, c.batch, query_head, token_of(c, q0 + r));
-        };
-        const auto grad_row = [&](int r) {
-          return view_row<T>(b.params.grad_out, c.batch, query_head, token_of(c, q0 + r));
-        };
-        const auto k_row = [&](int i) { return keys.key(held[i], slot0 + i); };
-        const auto v_row = [&](int i) { return keys.value(held[i], slot0 + i); };
-        const auto all = [](int, int) { return true; };
-        const RowStatistics statistics =
-            row_statistics(b, row_index(p, p.num_heads, c.batch, query_head, token_of(c, q0)));
-        if (for_values) {
-          near_weights<T, false>(p, x_tile, y_tile, weights, other, rows, count, q_row, k_row,
-                                 grad_row, v_row, statistics, all);
-        } else {
-          near_weights<T, true>(p, x_tile, y_tile, weights, other, rows, count, q_row, k_row,
-                                grad_row, v_row, statistics, all);
-        }
-        for (int r0 = 0; r0 < rows; r0 += kDepth) {
-          __syncthreads();
-          if (for_values) {
-            load_columns<kColumns>(y_tile, r0, rows, j0, width, grad_row);
-          } else {
-            load_columns<kColumns>(y_tile, r0, rows, j0, width, q_row);
-          }
-          __syncthreads();
-          product.template multiply<Order::kColumnMajor, Order::kRowMajor>(
-              weights + r0 * kRowStride, kRowStride, y_tile, kStride, kDepth);
-        }
-        __syncthreads();
-      }
+      add_key_gradients<T, kColumns>(
+          b, c, tiles, columns, head * a.group + g, begin, end, count,
+          [&](int i) { return keys.key(held[i], slot0 + i); },
+          [&](int i) { return keys.value(held[i], slot0 + i); }, [](int64_t, int) { return true; },
+          product);
     }
-    product.store(result, kStride);
+    product.store(tiles.result, kStride);
     __syncthreads();
     for (int e = tid; e < count * kColumns; e += kThreads) {
       const int at = e / kColumns * kStride + e % kColumns;
-      sums[at] += result[at];
+      sums[at] += tiles.result[at];
     }
     __syncthreads();
   }

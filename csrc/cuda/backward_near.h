@@ -15,6 +15,18 @@ struct NearShared {
   static constexpr int kOperand = kDepth * kStride > kDepthTile ? kDepth* kStride : kDepthTile;
   static constexpr int kFloats = kDepthTile + kOperand + 2 * kSquareTile;
   static_assert(kRows * kStride <= kFloats);
+  float* x_tile;
+  float* y_tile;
+  float* weights;  // 64 x 64
+  float* other;    // 64 x 64
+  float* result;   // (64, kStride): over all of them, once they are no longer needed
+
+  __device__ explicit NearShared(float* shared)
+      : x_tile(shared),
+        y_tile(x_tile + kDepthTile),
+        weights(y_tile + kOperand),
+        other(weights + kSquareTile),
+        result(x_tile) {}
 };
 
 // Statistics of the rows of a tile of queries.
@@ -66,10 +78,7 @@ __device__ inline void load_columns(float* tile, int k0, int rows, int64_t j0, i
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads) grad_near_queries(Backward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  auto* x_tile = reinterpret_cast<float*>(raw);
-  float* y_tile = x_tile + kDepthTile;
-  float* weights = y_tile + NearShared<kColumns>::kOperand;
-  float* other = weights + kSquareTile;
+  const NearShared<kColumns> tiles(reinterpret_cast<float*>(raw));
   constexpr int kStride = NearShared<kColumns>::kStride;
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
@@ -87,30 +96,87 @@ __global__ void __launch_bounds__(kThreads) grad_near_queries(Backward b) {
     const int size = near.size(tile);
     const auto key_row = [&](int s) { return keys.key(near.pos(tile, s), near.slot(tile, s)); };
     near_weights<T, true>(
-        p, x_tile, y_tile, weights, other, t.rows, size,
+        p, tiles.x_tile, tiles.y_tile, tiles.weights, tiles.other, t.rows, size,
         [&](int r) { return view_row<T>(p.q, c.batch, t.head, t.token(r)); }, key_row,
         [&](int r) { return view_row<T>(b.params.grad_out, c.batch, t.head, t.token(r)); },
         [&](int s) { return keys.value(near.pos(tile, s), near.slot(tile, s)); }, statistics,
         [&](int r, int s) { return near.sees(p, t.position(r), tile, s); });
     for (int s0 = 0; s0 < size; s0 += kDepth) {
       __syncthreads();
-      load_columns<kColumns>(y_tile, s0, size, j0, p.headdim, key_row);
+      load_columns<kColumns>(tiles.y_tile, s0, size, j0, p.headdim, key_row);
       __syncthreads();
-      product.template multiply<Order::kRowMajor, Order::kRowMajor>(weights + s0, kRowStride,
-                                                                    y_tile, kStride, kDepth);
+      product.template multiply<Order::kRowMajor, Order::kRowMajor>(tiles.weights + s0, kRowStride,
+                                                                    tiles.y_tile, kStride, kDepth);
     }
     __syncthreads();
   }
-  float* result = x_tile;
   __syncthreads();
-  product.store(result, kStride);
+  product.store(tiles.result, kStride);
   __syncthreads();
   for (int e = threadIdx.x; e < t.rows * kColumns; e += kThreads) {
     const int r = e / kColumns, j = e % kColumns;
     if (j0 + j < p.headdim) {
       b.work.near_q[(first_row + r) * p.headdim + j0 + j] =
-          result[r * kStride + j] * static_cast<float>(p.scale);
+          tiles.result[r * kStride + j] * static_cast<float>(p.scale);
     }
+  }
+}
+
+// The columns of k, then of v, that blockIdx.z stands for.
+template <int kColumns>
+struct KeyColumns {
+  bool for_values;
+  int64_t j0, width;
+  float factor;  // of what is summed
+
+  __device__ explicit KeyColumns(const LinearAttentionParams& p) {
+    const int of_keys = static_cast<int>((p.headdim + kColumns - 1) / kColumns);
+    for_values = static_cast<int>(blockIdx.z) >= of_keys;
+    j0 = static_cast<int64_t>(blockIdx.z - (for_values ? of_keys : 0)) * kColumns;
+    width = for_values ? p.headdim_v : p.headdim;
+    factor = for_values ? 1.0f : static_cast<float>(p.scale);
+  }
+};
+
+// Adds to the product, (keys, columns), what the queries of a head at positions [begin, end) give
+// `count` keys or their values. sees(position, key) masks. Barriers after the last use of the
+// tiles.
+template <class T, int kColumns, class RowK, class RowV, class Sees>
+__device__ inline void add_key_gradients(const Backward& b, const Chunk& c,
+                                         const NearShared<kColumns>& tiles,
+                                         const KeyColumns<kColumns>& columns, int head,
+                                         int64_t begin, int64_t end, int count, RowK k_row,
+                                         RowV v_row, Sees sees, TileProduct<T, kColumns>& product) {
+  const LinearAttentionParams& p = b.forward.params;
+  for (int64_t q0 = begin; q0 < end; q0 += kRows) {
+    const int rows = static_cast<int>(end - q0 < kRows ? end - q0 : kRows);
+    const auto q_row = [&](int r) { return view_row<T>(p.q, c.batch, head, token_of(c, q0 + r)); };
+    const auto grad_row = [&](int r) {
+      return view_row<T>(b.params.grad_out, c.batch, head, token_of(c, q0 + r));
+    };
+    const auto mask = [&](int r, int s) { return sees(q0 + r, s); };
+    const RowStatistics statistics =
+        row_statistics(b, row_index(p, p.num_heads, c.batch, head, token_of(c, q0)));
+    if (columns.for_values) {
+      near_weights<T, false>(p, tiles.x_tile, tiles.y_tile, tiles.weights, tiles.other, rows, count,
+                             q_row, k_row, grad_row, v_row, statistics, mask);
+    } else {
+      near_weights<T, true>(p, tiles.x_tile, tiles.y_tile, tiles.weights, tiles.other, rows, count,
+                            q_row, k_row, grad_row, v_row, statistics, mask);
+    }
+    for (int r0 = 0; r0 < rows; r0 += kDepth) {
+      __syncthreads();
+      if (columns.for_values) {
+        load_columns<kColumns>(tiles.y_tile, r0, rows, columns.j0, columns.width, grad_row);
+      } else {
+        load_columns<kColumns>(tiles.y_tile, r0, rows, columns.j0, columns.width, q_row);
+      }
+      __syncthreads();
+      product.template multiply<Order::kColumnMajor, Order::kRowMajor>(
+          tiles.weights + r0 * kRowStride, kRowStride, tiles.y_tile, NearShared<kColumns>::kStride,
+          kDepth);
+    }
+    __syncthreads();
   }
 }
 
@@ -120,17 +186,11 @@ __global__ void __launch_bounds__(kThreads) grad_near_queries(Backward b) {
 template <class T, int kColumns, bool kSinks>
 __global__ void __launch_bounds__(kThreads) grad_near_keys(Backward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  auto* x_tile = reinterpret_cast<float*>(raw);
-  float* y_tile = x_tile + kDepthTile;
-  float* weights = y_tile + NearShared<kColumns>::kOperand;
-  float* other = weights + kSquareTile;
+  const NearShared<kColumns> tiles(reinterpret_cast<float*>(raw));
   constexpr int kStride = NearShared<kColumns>::kStride;
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
-  const int key_columns = static_cast<int>((p.headdim + kColumns - 1) / kColumns);
-  const bool for_values = static_cast<int>(blockIdx.z) >= key_columns;
-  const int64_t j0 = static_cast<int64_t>(blockIdx.z - (for_values ? key_columns : 0)) * kColumns;
-  const int64_t width = for_values ? p.headdim_v : p.headdim;
+  const KeyColumns<kColumns> columns(p);
   QueryTile t;
   if (!find_query_tile<!kSinks>(a, t)) return;
   const Chunk& c = t.chunk;
@@ -150,57 +210,27 @@ __global__ void __launch_bounds__(kThreads) grad_near_keys(Backward b) {
     }
     TileProduct<T, kColumns> product;
     for (int g = 0; g < (kSinks ? 1 : a.group); ++g) {
-      const int head = t.head + g;
-      for (int64_t q0 = t.position(0); q0 < query_end; q0 += kRows) {
-        const int rows = static_cast<int>(query_end - q0 < kRows ? query_end - q0 : kRows);
-        const auto q_row = [&](int r) {
-          return view_row<T>(p.q, c.batch, head, token_of(c, q0 + r));
-        };
-        const auto grad_row = [&](int r) {
-          return view_row<T>(b.params.grad_out, c.batch, head, token_of(c, q0 + r));
-        };
-        const auto k_row = [&](int s) { return keys.key(first_key + s); };
-        const auto v_row = [&](int s) { return keys.value(first_key + s); };
-        const auto mask = [&](int r, int s) { return sees(q0 + r, first_key + s); };
-        const RowStatistics statistics =
-            row_statistics(b, row_index(p, p.num_heads, c.batch, head, token_of(c, q0)));
-        if (for_values) {
-          near_weights<T, false>(p, x_tile, y_tile, weights, other, rows, size, q_row, k_row,
-                                 grad_row, v_row, statistics, mask);
-        } else {
-          near_weights<T, true>(p, x_tile, y_tile, weights, other, rows, size, q_row, k_row,
-                                grad_row, v_row, statistics, mask);
-        }
-        for (int r0 = 0; r0 < rows; r0 += kDepth) {
-          __syncthreads();
-          if (for_values) {
-            load_columns<kColumns>(y_tile, r0, rows, j0, width, grad_row);
-          } else {
-            load_columns<kColumns>(y_tile, r0, rows, j0, width, q_row);
-          }
-          __syncthreads();
-          product.template multiply<Order::kColumnMajor, Order::kRowMajor>(
-              weights + r0 * kRowStride, kRowStride, y_tile, kStride, kDepth);
-        }
-        __syncthreads();
-      }
+      add_key_gradients<T, kColumns>(
+          b, c, tiles, columns, t.head + g, t.position(0), query_end, size,
+          [&](int s) { return keys.key(first_key + s); },
+          [&](int s) { return keys.value(first_key + s); },
+          [&](int64_t query, int s) { return sees(query, first_key + s); }, product);
     }
-    float* result = x_tile;
     __syncthreads();
-    product.store(result, kStride);
+    product.store(tiles.result, kStride);
     __syncthreads();
-    const float factor = for_values ? 1.0f : static_cast<float>(p.scale);
     for (int e = threadIdx.x; e < size * kColumns; e += kThreads) {
-      const int s = e / kColumns, j = e % kColumns;
-      if (j0 + j >= width) continue;
-      const float x = result[s * kStride + j] * factor;
+      const int s = e / kColumns;
+      const int64_t j = columns.j0 + e % kColumns;
+      if (j >= columns.width) continue;
+      const float x = tiles.result[s * kStride + e % kColumns] * columns.factor;
       if (kSinks) {
         const int64_t at = (static_cast<int64_t>(blockIdx.x) * p.num_heads + t.head) * p.sinks;
-        b.work.sinks[(at + key0 + s) * (p.headdim + p.headdim_v) + (for_values ? p.headdim : 0) +
-                     j0 + j] = x;
+        b.work.sinks[(at + key0 + s) * (p.headdim + p.headdim_v) +
+                     (columns.for_values ? p.headdim : 0) + j] = x;
       } else {
         const int64_t row = row_index(p, p.num_kv_heads, c.batch, t.kv_head, t.token(s));
-        (for_values ? b.work.grad_v : b.work.near_k)[row * width + j0 + j] = x;
+        (columns.for_values ? b.work.grad_v : b.work.near_k)[row * columns.width + j] = x;
       }
     }
     __syncthreads();

@@ -32,6 +32,15 @@ struct Choice {
   }
 };
 
+// How many slots are filled, by a whole thread block.
+__device__ inline void count_filled(const int* slots, int64_t size, int32_t* count) {
+  if (threadIdx.x == 0 && slots[0] < 0) *count = 0;
+  for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+    const bool last = slots[i] >= 0 && (i + 1 == size || slots[i + 1] < 0);
+    if (last) *count = static_cast<int32_t>(i + 1);
+  }
+}
+
 // What there is to choose from.
 struct Candidates {
   int slots;        // filled

@@ -155,11 +155,7 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
     for (int64_t i = tid; a.work.chosen && i < size; i += kThreads) {
       a.work.chosen[row * size + i] = tiles.choice.held[i];
     }
-    if (tid == 0) {
-      int count = 0;
-      while (count < size && tiles.choice.held[count] >= 0) ++count;
-      a.work.slot_count[row] = count;
-    }
+    count_filled(tiles.choice.held, size, a.work.slot_count + row);
     __syncthreads();
     if (block > 0) add_votes<T>(a, c, head, block, tiles);
     const int64_t begin = block * w > s.start_pos ? block * w : s.start_pos;
@@ -221,11 +217,7 @@ __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
   for (int64_t block = first; block <= last; ++block) {
     const int64_t row = row_of(a, c, head, block), leaving = (block - 2) * w;
     const int32_t* now = a.work.slots + row * size;
-    if (tid == 0) {
-      int count = 0;
-      while (count < size && now[count] >= 0) ++count;
-      a.work.slot_count[row] = count;
-    }
+    count_filled(now, size, a.work.slot_count + row);
     if (block < 2 || block * w < s.start_pos) continue;
     for (int64_t r = tid; r < w; r += kThreads) stays[r] = 0;
     if (tid == 0) {

@@ -141,18 +141,17 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
   float* cache_decay =
       p.final.cache_decay ? static_cast<float*>(p.final.cache_decay) + cell * size : nullptr;
   const bool leaves = w > 0 && pos % w == 0 && pos >= 2 * w;
-  int64_t hard = 0;  // filled slots
   if (size > 0) {
     const int64_t* positions = p.final.cache_position + cell * size;
     tiles.choice.votes = static_cast<float*>(p.final.votes) + cell * (size + w);
     tiles.choice.sums = static_cast<float*>(p.final.sums) + cell * (d + dv);
-    while (hard < size && positions[hard] >= 0) ++hard;
     for (int64_t i = tid; i < size; i += kThreads) {
       tiles.choice.held[i] = static_cast<int>(positions[i]);
     }
     __syncthreads();
   }
   const Candidates all(p, size > 0 ? tiles.choice.held : nullptr, w > 0 ? pos / w : 0);
+  int64_t hard = all.slots;  // filled ones
   // A candidate's row in its buffer.
   const auto candidate = [&](int i, T* slots, T* window, int64_t dim) -> T* {
     return i < all.slots ? slots + i * dim : window + (all.leaving + all.row(i)) % (2 * w) * dim;
@@ -174,8 +173,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     __syncthreads();
   }
 
-  // --- fold: this token when there is no window, else the keys that leave
-  // -------------------------
+  // --- fold: this token when there is no window, else the keys that leave ---------------------
   const bool folds = m > 0 && (w == 0 || leaves);
   if (folds || (size > 0 && leaves)) {
     const int64_t begin = w == 0 ? pos : pos - 2 * w;
@@ -277,8 +275,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
         cache_decay[i] = static_cast<float>(held[i] < 0 ? 0.0 : since / double(kLog2e));
       }
       for (int64_t i = tid; i < size + w; i += kThreads) tiles.choice.votes[i] = 0.0f;
-      hard = 0;
-      while (hard < size && held[hard] >= 0) ++hard;
+      while (hard < size && held[hard] >= 0) ++hard;  // none empties
     }
   }
   __syncthreads();

@@ -336,7 +336,6 @@ Tensor attention_update(const AttentionArgs& a, const StateTensors& state) {
   LinearAttentionParams p = attention_params<Backend>(a);
   check(p.seqlen == 1, "an update takes one token a sequence, got ", p.seqlen);
   p.final = state_data(state, p, a.q);
-  give_hard_keys<Backend>(p, a);
   Tensor out = new_tensor(a.q, {p.batch, p.num_heads, 1, p.headdim_v}, a.q.scalar_type());
   p.out = data_of(out);
   if (p.batch > 0) Backend::attention_update(p, a.q);

@@ -68,6 +68,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def hard_key_row(first_token, window: int, sequences):
+    """A sequence's first row in a table of hard keys; of all tokens and sequences, their number.
+
+    first_token: of those of the whole batch; sequences: how many come before.
+    """
+    return first_token // window + 2 * sequences
+
+
 def empty_attention_state(
     batch: int,
     kv_heads: int,

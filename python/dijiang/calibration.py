@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .modules import CLOSED, AttentionKernel
+from .reference import held_keys
 
 
 @torch.no_grad()
@@ -110,8 +111,5 @@ def _row_errors(kernel, q, k, v, teacher, totals):
 
 def _held(kernel, q, k, v, t):
     """(H, queries, T): the hard keys that queries t of one sequence see."""
-    T = k.shape[1]
-    slots = kernel.hard_keys(q[None], k[None], v[None])[:, t // kernel.config.window].long()
-    slots = torch.where(slots < 0, T, slots)
-    held = torch.zeros(*slots.shape[:2], T + 1, dtype=torch.bool, device=k.device)
-    return held.scatter_(2, slots, True)[..., :T].repeat_interleave(kernel.groups, 0)
+    slots = kernel.hard_keys(q[None], k[None], v[None])[:, t // kernel.config.window]
+    return held_keys(slots, k.shape[1]).repeat_interleave(kernel.groups, 0)

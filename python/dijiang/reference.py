@@ -25,6 +25,7 @@ from ._types import (
     LinearAttentionState,
     acc_dtype,
     empty_attention_state,
+    hard_key_row,
 )
 
 LOG2E = math.log2(math.e)
@@ -114,9 +115,8 @@ def kernelized_attention(
         if window:
             near = near | (t // window - s // window <= 1)
         if cache_size:
-            slots = hard_keys[:, row : row + len(p) // window + 1].long()  # (Hkv, blocks, c)
-            held = (slots[..., None] == p).any(-2)  # (Hkv, blocks, T)
-            near = near | held[:, p // window].repeat_interleave(groups, 0)
+            held = held_keys(hard_keys[:, row + p // window], len(p))  # (Hkv, T, T)
+            near = near | held.repeat_interleave(groups, 0)
         log_w = (scale * (q @ k.mT)).masked_fill(~(near & causal), -math.inf)
         if fq is not None:
             c = log_decay.cumsum(-1)
@@ -143,8 +143,15 @@ def kernelized_attention(
 def hard_key_rows(q, window, cu_seqlens=None, seq_bounds=None) -> list[int]:
     """The first row of each sequence in a table of hard keys, and the number of rows."""
     segments = segments_of(q, cu_seqlens, seq_bounds)
-    rows = [(b * q.shape[2] + begin) // window + 2 * n for n, (b, begin, _) in enumerate(segments)]
-    return [*rows, q.shape[0] * q.shape[2] // window + 2 * len(segments)]
+    firsts = [b * q.shape[2] + begin for b, begin, _ in segments] + [q.shape[0] * q.shape[2]]
+    return [hard_key_row(first, window, n) for n, first in enumerate(firsts)]
+
+
+def held_keys(slots, length) -> Tensor:
+    """Positions by slot (..., cache_size), -1: none -> whether each is held, (..., length) bool."""
+    slots = torch.where(slots < 0, length, slots.long())
+    held = torch.zeros(*slots.shape[:-1], length + 1, dtype=torch.bool, device=slots.device)
+    return held.scatter_(-1, slots, True)[..., :length]
 
 
 @torch.no_grad()

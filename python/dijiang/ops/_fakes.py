@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.library import register_fake
 
-from .._types import acc_dtype
+from .._types import acc_dtype, hard_key_row
 
 
 @register_fake("dijiang::dct")
@@ -126,7 +126,7 @@ def _chosen(q, k, segments, given, window, cache_size):
         return q.new_empty(0, dtype=torch.int32)
     rows = 0
     if cache_size:
-        rows = q.shape[0] * q.shape[2] // window + 2 * _num_seqs(q, segments)
+        rows = hard_key_row(q.shape[0] * q.shape[2], window, _num_seqs(q, segments))
     return q.new_empty(k.shape[1], rows, cache_size, dtype=torch.int32)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._types import hard_key_row
 from ._checks import check_like
 
 
@@ -17,7 +18,7 @@ def check_hard_keys(
     if not cache_size:
         raise ValueError(f"{op}: hard_keys belong to cache_size > 0, got cache_size 0")
     sequences = q.shape[0] if segments is None else segments.shape[0]
-    rows = q.shape[0] * q.shape[2] // window + 2 * sequences
+    rows = hard_key_row(q.shape[0] * q.shape[2], window, sequences)
     check_like(op, "hard_keys", table, (k.shape[1], rows, cache_size),
                "(kv heads, rows, cache_size)", q, torch.int32)  # fmt: skip
     if table.is_cuda and not torch.compiler.is_compiling():
@@ -39,7 +40,7 @@ def table_is_possible(table, q, segments, initial_state, window, sinks) -> Tenso
     if not len(segments):
         return torch.ones((), dtype=torch.bool, device=q.device)
     segments = segments.long()
-    starts = (segments[:, 0] * seqlen + segments[:, 1]) // window + 2 * number
+    starts = hard_key_row(segments[:, 0] * seqlen + segments[:, 1], window, number)
     length = segments[:, 2] - segments[:, 1]
     seen = torch.zeros_like(length) if initial_state is None else initial_state.length
     held = torch.full((len(segments), table.shape[0], table.shape[2]), -1, device=q.device)

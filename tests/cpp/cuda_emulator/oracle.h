@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -77,6 +78,26 @@ struct Problem {
     return all;
   }
 };
+
+// Slots that fill up at once, late (past a block of sinks alone), and never; many slots.
+inline std::vector<Problem> hard_key_problems() {
+  std::vector<Problem> all;
+  for (const auto& [window, sinks, cache_size, seqlen] : std::vector<std::array<int, 4>>{
+           {8, 3, 5, 75}, {6, 8, 12, 75}, {16, 0, 90, 80}, {5, 0, 1, 60}, {70, 2, 100, 300}}) {
+    Problem p;
+    p.batch = 2;
+    p.heads = 4;
+    p.kv_heads = 2;
+    p.window = window;
+    p.sinks = sinks;
+    p.cache_size = cache_size;
+    p.seqlen = seqlen;
+    p.dim = p.dim_v = 8;
+    p.features = 10;
+    all.push_back(p);
+  }
+  return all;
+}
 
 struct Result {
   std::vector<double> out, log_sum;  // log_sum: natural log of the denominator

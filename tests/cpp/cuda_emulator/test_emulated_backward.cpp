@@ -121,17 +121,7 @@ TEST(EmulatedBackward, Shapes) {
 }
 
 TEST(EmulatedBackward, HardKeys) {
-  for (const auto& [window, sinks, cache_size, seqlen] : std::vector<std::array<int, 4>>{
-           {8, 3, 5, 75}, {6, 8, 12, 75}, {16, 0, 90, 80}, {70, 2, 100, 290}}) {
-    Problem p;
-    p.heads = 4;
-    p.kv_heads = 2;
-    p.window = window;
-    p.sinks = sinks;
-    p.cache_size = cache_size;
-    p.seqlen = seqlen;
-    p.dim = p.dim_v = 8;
-    p.features = 10;
+  for (Problem p : oracle::hard_key_problems()) {
     SCOPED_TRACE(name(p));
     check<float>(p);
     p.decay = true;

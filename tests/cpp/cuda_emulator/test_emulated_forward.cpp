@@ -90,28 +90,8 @@ TEST(EmulatedForward, Float) { check_grid<float>(); }
 TEST(EmulatedForward, BFloat16) { check_grid<__nv_bfloat16>(); }
 TEST(EmulatedForward, Half) { check_grid<__half>(); }
 
-// Slots that fill up at once, late (past a block of sinks alone), and never; many slots.
-std::vector<Problem> hard_key_problems() {
-  std::vector<Problem> all;
-  for (const auto& [window, sinks, cache_size, seqlen] : std::vector<std::array<int, 4>>{
-           {8, 3, 5, 75}, {6, 8, 12, 75}, {16, 0, 90, 80}, {5, 0, 1, 60}, {70, 2, 100, 300}}) {
-    Problem p;
-    p.batch = 2;
-    p.heads = 4;
-    p.kv_heads = 2;
-    p.window = window;
-    p.sinks = sinks;
-    p.cache_size = cache_size;
-    p.seqlen = seqlen;
-    p.dim = p.dim_v = 8;
-    p.features = 10;
-    all.push_back(p);
-  }
-  return all;
-}
-
 TEST(EmulatedForward, HardKeys) {
-  for (Problem p : hard_key_problems()) {
+  for (Problem p : oracle::hard_key_problems()) {
     SCOPED_TRACE(name(p));
     check<float>(p);
     p.decay = true;
@@ -219,7 +199,7 @@ TEST(EmulatedForward, SplitAnywhereWithCarriedState) {
 }
 
 TEST(EmulatedForward, HardKeysSplitAnywhere) {
-  for (Problem p : hard_key_problems()) {
+  for (Problem p : oracle::hard_key_problems()) {
     p.decay = true;
     SCOPED_TRACE(name(p));
     const int n = p.seqlen;
