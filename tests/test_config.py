@@ -30,6 +30,13 @@ from dijiang.config import FEATURE_MAPS
         ("layers", [1, 1], ValueError, "once"),
         ("layers", [0, -1], ValueError, "at least 0, got -1"),
         ("seed", 0.5, TypeError, "whole number"),
+        ("per_layer", [1], TypeError, "a dict of dicts"),
+        ("per_layer", {0: 64}, TypeError, r"per_layer\[0\] must be a dict, got 64"),
+        ("per_layer", {-1: {}}, ValueError, "at least 0, got -1"),
+        ("per_layer", {"first": {}}, TypeError, "whole number, got 'first'"),
+        ("per_layer", {2: {"layers": [0]}}, ValueError, r"per_layer\[2\] cannot have 'layers'"),
+        ("per_layer", {2: {"sink": 1}}, ValueError, "cannot have 'sink', only .*'sinks'"),
+        ("per_layer", {2: {"window": -1}}, ValueError, r"per_layer\[2\]: window .* got -1"),
     ],
 )
 def test_refuses(field, value, error, says):
@@ -90,6 +97,17 @@ def test_layers():
     assert DiJiangConfig().converts(7)
     some = DiJiangConfig(layers=[0, 2])
     assert [some.converts(i) for i in range(3)] == [True, False, True]
+
+
+def test_per_layer():
+    config = DiJiangConfig(per_layer={3: {"cache_size": 8}, 1: {"window": 32, "cache_size": 4}})
+    assert [config.at(i).cache_size for i in range(4)] == [0, 4, 0, 8]
+    assert [config.at(i).window for i in range(4)] == [64, 32, 64, 64]
+    assert config.at(0) == DiJiangConfig()
+    assert DiJiangConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert {config, config.replace()} == {config}  # hashable
+    with pytest.raises(ValueError, match="layers leaves as it is"):
+        DiJiangConfig(layers=[0], per_layer={1: {"window": 32}})
 
 
 def test_every_map_has_a_config():

@@ -196,6 +196,25 @@ def test_calibration_is_never_worse_than_the_window(ids, cache_size):
         torch.testing.assert_close(again.get_parameter(name), parameter)
 
 
+def test_layers_of_their_own(ids):
+    """Each layer is what its own config says, as if it alone were asked."""
+    configs = [DiJiangConfig.window_only(8, 2, cache_size=5), DiJiangConfig(window=6, gate=-1.0)]
+    mixed = configs[0].replace(
+        per_layer={1: {"feature_map": "learned_pm", "window": 6, "sinks": 4, "gate": -1.0,
+                       "cache_size": 0}}
+    )  # fmt: skip
+    model = dijiang.convert(tiny_model(initializer_range=0.3), mixed)
+    assert "and 0 to 5 hard keys" in model.dijiang_start
+    for layer, config in enumerate(configs):
+        whole = dijiang.convert(tiny_model(initializer_range=0.3), config)
+        for of in (model, whole):  # the other layer gives the same in both
+            of.model.layers[1 - layer].self_attn.dijiang.mode = "softmax"
+        assert torch.equal(logits(model, ids), logits(whole, ids))
+        model.model.layers[1 - layer].self_attn.dijiang.mode = "student"
+    with pytest.raises(dijiang.ConversionError, match="per_layer names layer 2"):
+        dijiang.convert(tiny_model(), DiJiangConfig(per_layer={2: {"cache_size": 5}}))
+
+
 def test_calibrated_model_is_never_worse_than_the_window(ids):
     """By its loss on those tokens, whatever the heads' errors add up to."""
 

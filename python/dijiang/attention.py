@@ -171,6 +171,7 @@ def kernel_mode(model, mode: str):
     """Within: every converted layer runs in `mode`.
 
     - "student": linear attention.
+    - "softmax": softmax attention, as its own teacher.
     - "transfer": hands softmax attention's output on, and leaves in ``kernel.loss`` its own
       output's squared error, relative to the mean square of softmax attention's.
     - "calibrate": hands softmax attention's output on, and sets the gate by it.
@@ -213,6 +214,8 @@ def _kernelized(module, query, key, value, scaling, *, seq_bounds=None, padding=
             at = torch.arange(query.shape[2], device=query.device)
             real = (at >= seq_bounds[:, :1]) & (at < seq_bounds[:, 1:])
             teacher = teacher * real[:, None, :, None]
+    if kernel.mode == "softmax":
+        return teacher
     if kernel.mode == "calibrate":
         calibrate_gate(kernel, query, key, value, teacher, seq_bounds)
         return teacher

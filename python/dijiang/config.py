@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 FEATURE_MAPS = (
@@ -73,6 +74,9 @@ class DiJiangConfig:
     output_gate: bool = False
     #: "all" or the indices of the layers to convert; the others keep softmax and a growing cache.
     layers: str | tuple[int, ...] = "all"
+    #: What single layers have otherwise, by layer: {0: {"cache_size": 256}}. Any field but layers,
+    #: per_layer and seed; see spread_hard_keys, which finds cache sizes.
+    per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     #: Of everything random: permutations, signs, directions.
     seed: int = 0
 
@@ -120,6 +124,7 @@ class DiJiangConfig:
                 f"DiJiangConfig: {self.feature_map} has features in pairs of +x and -x: "
                 f"num_features must be even, got {self.num_features}"
             )
+        self._check_per_layer()
 
     def _check_layers(self):
         if self.layers == "all":
@@ -137,6 +142,50 @@ class DiJiangConfig:
                 f"DiJiangConfig: layers must name each layer once and at least one, got {layers}"
             )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
+
+    def _check_per_layer(self):
+        if not isinstance(self.per_layer, Mapping):
+            raise TypeError(
+                "DiJiangConfig: per_layer must be a dict of dicts, {layer: {field: value}}, got "
+                f"{self.per_layer!r}"
+            )
+        checked = {}
+        for layer, changes in self.per_layer.items():
+            # Keys of a JSON object are strings.
+            layer = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+            _check_int("layers of per_layer", layer, 0)
+            if not self.converts(layer):
+                raise ValueError(
+                    f"DiJiangConfig: per_layer[{layer}] is of a layer that layers leaves as it is"
+                )
+            if not isinstance(changes, Mapping):
+                raise TypeError(
+                    f"DiJiangConfig: per_layer[{layer}] must be a dict, got {changes!r}"
+                )
+            unknown = sorted(set(changes) - _OF_A_LAYER)
+            if unknown:
+                raise ValueError(
+                    f"DiJiangConfig: per_layer[{layer}] cannot have {_listed(unknown)}, only "
+                    f"{_listed(sorted(_OF_A_LAYER))}"
+                )
+            checked[layer] = dict(changes)
+        object.__setattr__(self, "per_layer", dict(sorted(checked.items())))
+        for layer in checked:
+            try:
+                self.at(layer)
+            except (ValueError, TypeError) as error:
+                said = str(error).removeprefix("DiJiangConfig: ")
+                raise type(error)(f"DiJiangConfig: per_layer[{layer}]: {said}") from None
+
+    def at(self, layer: int) -> DiJiangConfig:
+        """What this layer has.
+
+        >>> DiJiangConfig(per_layer={3: {"cache_size": 256}}).at(3).cache_size
+        256
+        """
+        if not self.per_layer:
+            return self
+        return self.replace(per_layer={}, **self.per_layer.get(layer, {}))
 
     @classmethod
     def paper(cls, **overrides) -> DiJiangConfig:
@@ -181,6 +230,7 @@ class DiJiangConfig:
         values = asdict(self)
         if self.layers != "all":
             values["layers"] = list(self.layers)
+        values["per_layer"] = {str(layer): own for layer, own in values["per_layer"].items()}
         return values
 
     @classmethod
@@ -196,6 +246,9 @@ class DiJiangConfig:
                 f"Known: {_listed(sorted(known))}"
             )
         return cls(**values)
+
+
+_OF_A_LAYER = {one.name for one in fields(DiJiangConfig)} - {"layers", "per_layer", "seed"}
 
 
 def _listed(names) -> str:

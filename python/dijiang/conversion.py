@@ -68,14 +68,17 @@ def convert(
     if not isinstance(config, DiJiangConfig):
         raise TypeError(f"convert: config must be a DiJiangConfig, got {type(config).__name__}")
     calls = _probe(model)
-    if config.layers != "all" and config.layers[-1] >= len(calls):
-        raise ConversionError(
-            f"convert: layers names layer {config.layers[-1]}, but the model's last is "
-            f"{len(calls) - 1}"
-        )
+    named = {"layers": () if config.layers == "all" else config.layers}
+    named["per_layer"] = tuple(config.per_layer)
+    for name, layers in named.items():
+        if layers and layers[-1] >= len(calls):
+            raise ConversionError(
+                f"convert: {name} names layer {layers[-1]}, but the model's last is "
+                f"{len(calls) - 1}"
+            )
     # Everything that may be refused is made before anything is changed.
     kernels = [
-        _kernel(call, config, model.config.hidden_size)
+        _kernel(call, config.at(layer), model.config.hidden_size)
         for layer, call in enumerate(calls)
         if config.converts(layer)
     ]
@@ -95,15 +98,7 @@ def convert(
     model.config.dijiang = config.to_dict()
     _set_attention(model, NAME)
 
-    hard = f" and {config.cache_size} hard keys" if config.cache_size else ""
-    if config.feature_map is None:
-        start = f"window and sinks{hard} alone: there are no far keys"
-    elif not config.has_near:
-        start = "far keys alone, untrained features: expect little before distill"
-    elif config.gate != "auto":
-        start = f"window, sinks{hard} and far keys of log-weight {config.gate:g}"
-    else:
-        start = f"window and sinks{hard} alone: the far keys are closed until calibrate or distill"
+    start = _start([kernel.config for kernel in kernels])
     model.dijiang_start = start
     if calibration is not None:
         try:
@@ -149,7 +144,8 @@ def calibrate(
     kernels = [kernel for kernel in _kernels(model) if kernel.gate is not None]
     if not kernels:
         return model
-    window, sinks = kernels[0].config.window, kernels[0].config.sinks
+    window = max(kernel.config.window for kernel in kernels)
+    sinks = max(kernel.config.sinks for kernel in kernels)
     if ids.shape[1] <= max(2 * window, sinks):
         raise ValueError(
             f"calibrate: rows of {ids.shape[1]} tokens have no far keys with window={window} and "
@@ -334,6 +330,21 @@ def _check_convertible(model) -> None:
             )
     if reason:
         raise ConversionError(f"convert: {name} cannot be converted: {reason}")
+
+
+def _start(configs: list[DiJiangConfig]) -> str:
+    """What a model of these layers starts from, in words."""
+    sizes = sorted({config.cache_size for config in configs})
+    hard = f" and {' to '.join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:])))} hard keys"
+    hard = hard if sizes[-1] else ""
+    gates = sorted({config.gate for config in configs if config.gate != "auto"})
+    if not any(config.has_far for config in configs):
+        return f"window and sinks{hard} alone: there are no far keys"
+    if not all(config.has_near for config in configs):
+        return "far keys alone, untrained features: expect little before distill"
+    if gates:
+        return f"window, sinks{hard} and far keys of log-weight {', '.join(f'{g:g}' for g in gates)}"
+    return f"window and sinks{hard} alone: the far keys are closed until calibrate or distill"
 
 
 def _kernel(call: _Call, config: DiJiangConfig, hidden_size: int) -> AttentionKernel:

@@ -121,7 +121,7 @@ def distill(
     if tokens is None:
         tokens = max(len(rows) * row_length, transfer_tokens or 0)
     if transfer_tokens is None:
-        transfer_tokens = int(tokens * transfer_share(kernels[0].config))
+        transfer_tokens = int(tokens * max(transfer_share(kernel.config) for kernel in kernels))
     if not 0 <= transfer_tokens <= tokens:
         raise ValueError(
             f"distill: transfer_tokens must be between 0 and tokens={tokens}, got {transfer_tokens}"
@@ -158,9 +158,8 @@ def distill(
             if not _train_only(model, train):
                 raise ValueError("distill: nothing to train: window and sinks have no parameters")
             if lm_learning_rate is None:
-                lm_learning_rate = (
-                    2e-4 if kernels[0].config.has_near and train != "dijiang" else 1e-3
-                )
+                near = all(kernel.config.has_near for kernel in kernels)
+                lm_learning_rate = 2e-4 if near and train != "dijiang" else 1e-3
             _stage(
                 _PredictionTrainer, "lm", "stage2", model, rows, lm_tokens, row_tokens,
                 shared | dict(learning_rate=lm_learning_rate), result, output_dir, save_steps,
