@@ -6,7 +6,8 @@
 
 A recipe is a config and what distill is told. Each leaves a JSON in benchmarks/results/quality/
 with its tokens, seconds and seed; readme_table.py makes the tables of them. The model is
-dijiang.load_base's (SmolLM2-135M), the text Python's own help, held-out documents measured.
+dijiang.load_base's (SmolLM2-135M), the text English prose: Debian's package `anarchism`, every
+tenth of it held out and measured.
 """
 
 from __future__ import annotations
@@ -22,8 +23,21 @@ from typing import Any
 
 import torch
 from common import RESULTS, arguments, machine, table
-from dijiang import DiJiangConfig, calibrate, convert, data, distill, evaluate, load_base
+from dijiang import (
+    DiJiangConfig,
+    calibrate,
+    convert,
+    data,
+    distill,
+    evaluate,
+    load_base,
+    spread_hard_keys,
+)
 from dijiang.modules import AttentionKernel
+from eviction import keep_heavy_hitters
+
+#: What the results are of; apt-get install anarchism.
+PROSE = "/usr/share/doc/anarchism/markdown"
 
 
 @dataclass(frozen=True)
@@ -35,17 +49,21 @@ class Sizes:
     train: Mapping[str, int] = field(default_factory=dict)  # in the place of the recipe's
 
 
-FULL = Sizes({1024: 6, 2048: 3, 8192: 1}, 1024, (400, 1500, 3000), 8)
+FULL = Sizes({1024: 8, 2048: 4, 8192: 2}, 1024, (400, 1500, 3000), 8)
 QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 256, "length": 256})
-CALIBRATION = {"length": 2048, "rows": 2}
-# Attention's own weights learn by KL to the teacher, features and gates with them.
-TRAINED = {"tokens": 16384, "length": 2048}
+CALIBRATION = {"length": 4096, "rows": 1}
+# Attention's own weights learn by KL to the teacher.
+TRAINED = {"tokens": 32768, "length": 2048}
+# Features and gates learn to give softmax attention's outputs.
+TRANSFER = {"tokens": 65536, "transfer_tokens": 65536, "length": 2048}
 
 
 @dataclass(frozen=True)
 class Recipe:
     config: DiJiangConfig | None = None  # None: the teacher
+    spread: bool = False  # the hard keys over the layers
     calibrate: bool = False
+    heavy_hitters: bool = False  # in the place of our hard keys
     train: Mapping[str, Any] = field(default_factory=dict)  # distill's arguments; none: untrained
     note: str = ""
 
@@ -59,17 +77,15 @@ RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(note="softmax attention"),
     "window": Recipe(exact(), note="64 + 4 sinks"),
     "window, far": Recipe(DiJiangConfig(), calibrate=True, note="far keys calibrated"),
+    "window, far, transfer": Recipe(DiJiangConfig(), train=TRANSFER),
+    "heavy hitters 64": Recipe(exact(cache_size=64), heavy_hitters=True, note="H2O's rule"),
     "hard 64": Recipe(exact(cache_size=64), note="no far keys"),
-    "hard 64, far": Recipe(DiJiangConfig(cache_size=64), calibrate=True, note="calibrated"),
+    "hard 64, far, transfer": Recipe(DiJiangConfig(cache_size=64), train=TRANSFER),
+    "hard 64, spread": Recipe(exact(cache_size=64), spread=True, note="64 a layer in the mean"),
+    "hard 64, spread, trained": Recipe(exact(cache_size=64), spread=True, train=TRAINED),
     "hard 128": Recipe(exact(cache_size=128), note="as large as hard 64 with far keys"),
     "hard 256": Recipe(exact(cache_size=256), note="no far keys"),
-    "hard 256, far": Recipe(DiJiangConfig(cache_size=256), calibrate=True, note="calibrated"),
-    "window, trained": Recipe(exact(), train=TRAINED),
-    "window, far, trained": Recipe(DiJiangConfig(), train=TRAINED),
-    "hard 64, trained": Recipe(exact(cache_size=64), train=TRAINED),
-    "hard 64, far, trained": Recipe(DiJiangConfig(cache_size=64), train=TRAINED),
-    "hard 128, trained": Recipe(exact(cache_size=128), train=TRAINED),
-    "hard 256, far, trained": Recipe(DiJiangConfig(cache_size=256), train=TRAINED),
+    "hard 256, spread": Recipe(exact(cache_size=256), spread=True, note="256 in the mean"),
 }
 
 
@@ -88,33 +104,43 @@ class Bench:
         self.sizes = sizes
         self.base, self.tokenizer = load_base(model)
         corpus = data.load_text(text)
+        self.text = corpus.name
         self.train = data.tokenize(corpus.train, self.tokenizer)
         self.held_out = data.tokenize(corpus.held_out, self.tokenizer)
 
     def run(self, name: str) -> dict:
         recipe = RECIPES[name]
         model, training = self.base, {}
-        if recipe.config is not None:
-            model = convert(copy.deepcopy(self.base), recipe.config)
+        config = recipe.config
+        if config is not None:
             begin = time.monotonic()
+            rows = CALIBRATION | self.sizes.train
+            rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
+            if recipe.spread:
+                config = spread_hard_keys(self.base, rows, config)
+                training["calibration"] = rows.numel()
+            model = convert(copy.deepcopy(self.base), config)
+            if recipe.heavy_hitters:
+                keep_heavy_hitters(model)
             if recipe.calibrate:
-                rows = CALIBRATION | self.sizes.train
-                rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
                 calibrate(model, rows)
-                training = {"calibration": rows.numel()}
+                training["calibration"] = rows.numel()
             if recipe.train:
                 wanted = {**recipe.train, **self.sizes.train}
+                if "transfer_tokens" in wanted:
+                    wanted["transfer_tokens"] = wanted["tokens"]
                 rows = data.cut(self.train, wanted.pop("length"))
                 done = distill(model, rows, teacher=self.base, **wanted)
-                training = {"tokens": wanted["tokens"], "start": done.start}
+                training |= {"tokens": wanted["tokens"], "start": done.start}
             training["seconds"] = round(time.monotonic() - begin, 1)
         return {
             "name": name,
             "note": recipe.note,
-            "config": None if recipe.config is None else recipe.config.to_dict(),
+            "text": self.text,
+            "config": None if config is None else config.to_dict(),
             "train": dict(recipe.train),
             "training": training,
-            "state_bytes": state_bytes(self.base, recipe.config),
+            "state_bytes": state_bytes(self.base, config),
             "measured": self.measure(model),
             "machine": machine(),
         }
@@ -154,14 +180,17 @@ class Bench:
 
 
 def state_bytes(base, config: DiJiangConfig | None) -> int:
-    """Of a key/value head after 8192 tokens in bfloat16."""
+    """Of a key/value head after 8192 tokens in bfloat16; the mean over the layers."""
     c = base.config
     headdim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     if config is None:
         return 8192 * 2 * headdim * 2
-    kernel = AttentionKernel(config, heads=1, kv_heads=1, headdim=headdim)
-    state = kernel.empty_state(1, torch.bfloat16, "cpu")
-    return sum(x.numel() * x.element_size() for x in state if x is not None)
+    sizes = []
+    for layer in range(c.num_hidden_layers):
+        kernel = AttentionKernel(config.at(layer), heads=1, kv_heads=1, headdim=headdim)
+        state = kernel.empty_state(1, torch.bfloat16, "cpu")
+        sizes.append(sum(x.numel() * x.element_size() for x in state if x is not None))
+    return round(sum(sizes) / len(sizes))
 
 
 def language(rows: Mapping[str, dict]) -> str:
@@ -212,7 +241,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
     parser.add_argument("--model", help="folder, hub id or GGUF file; none: load_base's default")
-    parser.add_argument("--data", help="text file or folder; none: Python's own help")
+    parser.add_argument("--data", default=PROSE, help="text file or folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     unknown = set(options.run) - set(RECIPES) - {"all"}

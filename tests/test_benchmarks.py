@@ -85,17 +85,22 @@ def test_quality(tmp_path):
     text.write_text("\n\n".join(f"Note {i}: " + "the cat sat on the mat " * 9 for i in range(90)))
     command = [
         sys.executable, BENCHMARKS / "quality.py", "--quick", "--out", tmp_path, "--threads", "2",
-        "--model", model, "--data", text, "--run", "teacher", "window", "hard 64, far, trained",
+        "--model", model, "--data", text, "--run", "teacher", "window", "heavy hitters 64",
+        "hard 64, spread, trained", "hard 64, far, transfer",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {
         path.stem: json.loads(path.read_text()) for path in (tmp_path / "quality").glob("*.json")
     }
-    assert set(rows) == {"teacher", "window", "hard-64_far_trained"}
+    assert set(rows) == {
+        "teacher", "window", "heavy-hitters-64", "hard-64_spread_trained", "hard-64_far_transfer",
+    }  # fmt: skip
     assert rows["teacher"]["measured"]["kl"] < 1e-6
-    trained = rows["hard-64_far_trained"]
+    trained = rows["hard-64_spread_trained"]
     assert trained["config"]["cache_size"] == 64 and trained["training"]["tokens"] == 256
+    assert trained["config"]["per_layer"]
+    assert rows["heavy-hitters-64"]["state_bytes"] > rows["window"]["state_bytes"]
     # A window of 64 + 64 sees all of 64 tokens.
     for length, equal in ((64, True), (128, True)):
         teacher, window = (
@@ -105,6 +110,47 @@ def test_quality(tmp_path):
         )  # fmt: skip
         assert (abs(teacher - window) < 1e-3 * teacher) == equal
     assert f"{trained['measured']['kl']:.3f}" in done.stdout
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_heavy_hitters(bench, size):
+    """The rule as it is written, on T x T weights; and enough slots are softmax attention."""
+    import torch
+    from dijiang import DiJiangConfig
+    from dijiang.reference import held_keys
+
+    w, sinks, T = 8, 2, 45
+    config = DiJiangConfig.window_only(w, sinks, cache_size=size)
+    kernel = bench.eviction.HeavyHitters(config, heads=4, kv_heads=2, headdim=16)
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(2, heads, T, 16) for heads in (4, 2, 2))
+    out = kernel(q, k, v)
+    p = torch.arange(T)
+    near = (p < sinks) | (p[:, None] // w - p // w <= 1)
+    causal = p <= p[:, None]
+    for b in range(2):
+        scores = (q[b] @ k[b].repeat_interleave(2, 0).mT / 4).masked_fill(~causal, -torch.inf)
+        seen = near.expand(2, T, T).clone()
+        for block in range(2, -(-T // w)):
+            past = block * w
+            weights = scores.masked_fill(~seen.repeat_interleave(2, 0), -torch.inf).softmax(-1)
+            mass = weights[:, :past].sum(1).unflatten(0, (2, 2)).sum(1)
+            before = seen[:, past - 1] if block > 2 else torch.zeros_like(seen[:, 0])
+            able = before | (p >= past - 2 * w)
+            able &= (p >= sinks) & (p < past - w)
+            best = mass.masked_fill(~able, -1).topk(size if size < T else T).indices
+            kept = torch.zeros_like(able).scatter_(1, best, True) & able
+            seen[:, past : past + w] |= kept[:, None]
+        for row, block in enumerate(range(-(-T // w))):
+            table = held_keys(kernel._table(q[b], k[b])[:, block], T)
+            at = row * w
+            far = seen[:, at] & (p < max(at - w, 0)) & (p >= sinks)
+            assert torch.equal(table, far)
+        weights = scores.masked_fill(~seen.repeat_interleave(2, 0), -torch.inf).softmax(-1)
+        expected = weights @ v[b].repeat_interleave(2, 0)
+        torch.testing.assert_close(out[b], expected, rtol=1e-4, atol=1e-4)
+        if size >= T:
+            assert torch.equal(seen & causal, causal.expand(2, T, T))
 
 
 def test_model(folder):
@@ -125,13 +171,14 @@ def bench(monkeypatch):
     import common
     import cpu
     import dct
+    import eviction
     import floor
     import formulas
     import quality
     import readme_table
     import rivals
 
-    scripts = (common, cpu, dct, floor, formulas, quality, readme_table, rivals)
+    scripts = (common, cpu, dct, eviction, floor, formulas, quality, readme_table, rivals)
     yield types.SimpleNamespace(**{script.__name__: script for script in scripts})
     for script in scripts:
         sys.modules.pop(script.__name__)

@@ -151,8 +151,10 @@ class HardKeys {
     }
     int64_t filled = 0;
     for (; filled < size_ && wanted_[filled] >= 0; ++filled) {
-      if (holds(filled, wanted_[filled])) continue;
-      const int64_t row = wanted_[filled] - first;
+      const bool stays = holds(filled, wanted_[filled]);
+      const int64_t row = stays ? 0 : wanted_[filled] - first;
+      scores_[filled] = kCarriedVotes * votes_[stays ? filled : count + row];
+      if (stays) continue;
       std::memcpy(keys + filled * dp_, block_keys + row * dp_, dp_ * sizeof(Acc));
       std::memcpy(values + filled * vp_, block_values + row * vp_, vp_ * sizeof(Acc));
       since_[filled] = decay_[row];
@@ -160,6 +162,7 @@ class HardKeys {
     }
     count = filled;
     fill(votes_, size_ + w, Acc(0));
+    for (int64_t i = 0; i < count; ++i) votes_[i] = static_cast<Acc>(scores_[i]);
   }
 
   // Notes which keys the slots hold while the queries of a block run.
@@ -172,7 +175,7 @@ class HardKeys {
 
  private:
   // Of the keys in the slots and of rows [sinks, window) of the block, those that are to be in the
-  // slots: half of them the most novel, half those that the newest queries look at most.
+  // slots: the most novel ones, and of the others those that queries look at most.
   void choose(const Acc* block_keys, const Acc* block_values, int64_t sinks, int64_t first) {
     const int64_t fresh = p_.window - sinks, n = count + fresh;
     fill(kept_, n, n <= size_);
@@ -185,9 +188,9 @@ class HardKeys {
         const Acc* value = i < count ? values + i * vp_ : block_values + row * vp_;
         scores_[i] = novelty(key, value, length, tokens);
       }
-      keep_best(scores_, n, size_ / 2, order_, kept_);
+      keep_best(scores_, n, size_ / kNovelSlots, order_, kept_);
       for (int64_t i = 0; i < n; ++i) scores_[i] = votes_[i < count ? i : i + sinks];
-      keep_best(scores_, n, size_ - size_ / 2, order_, kept_);
+      keep_best(scores_, n, size_ - size_ / kNovelSlots, order_, kept_);
     }
     // The kept keys of the block go, in order, where a key leaves and behind the filled slots.
     int64_t next = count;

@@ -115,8 +115,9 @@ __device__ inline void choose(const LinearAttentionParams& p, const Candidates& 
       if (lane == 0) choice.novelty[i] = sqrtf(square) * expf(-cosine);
     }
     __syncthreads();
-    keep_best(n, size / 2, choice.kept, choice.entering, [&](int i) { return choice.novelty[i]; });
-    keep_best(n, size - size / 2, choice.kept, choice.entering,
+    const int novel = size / static_cast<int>(kNovelSlots);
+    keep_best(n, novel, choice.kept, choice.entering, [&](int i) { return choice.novelty[i]; });
+    keep_best(n, size - novel, choice.kept, choice.entering,
               [&](int i) { return choice.votes[i < slots ? i : size + all.row(i)]; });
   }
   int entering = 0;  // every thread alike
@@ -134,6 +135,22 @@ __device__ inline void choose(const LinearAttentionParams& p, const Candidates& 
       choice.held[i] = free < entering ? choice.entering[free] : -1;
     }
   }
+  __syncthreads();
+}
+
+// Votes for the next choice, once `held` is new: of those that stay or enter, some of what they had.
+// Barriers before and after.
+__device__ inline void carry_votes(const LinearAttentionParams& p, const Choice& choice,
+                                   int64_t leaving) {
+  const int64_t size = p.cache_size;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+    const int64_t at = choice.held[i] >= leaving ? size + choice.held[i] - leaving : i;
+    const float votes = choice.held[i] < 0 ? 0.0f : choice.votes[at];
+    choice.votes[i] = static_cast<float>(kCarriedVotes) * votes;
+  }
+  __syncthreads();
+  for (int64_t r = threadIdx.x; r < p.window; r += kThreads) choice.votes[size + r] = 0.0f;
   __syncthreads();
 }
 

@@ -149,9 +149,8 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
         for (int64_t i = tid; i < size; i += kThreads)
           tiles.choice.held[i] = p.given[row * size + i];
       }
-      for (int64_t i = tid; i < size + w; i += kThreads) tiles.choice.votes[i] = 0.0f;
+      carry_votes(p, tiles.choice, (block - 2) * w);
     }
-    __syncthreads();
     for (int64_t i = tid; a.work.chosen && i < size; i += kThreads) {
       a.work.chosen[row * size + i] = tiles.choice.held[i];
     }

@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
                                        : total + double(cache_decay[i]) * double(kLog2e);
         cache_decay[i] = static_cast<float>(held[i] < 0 ? 0.0 : since / double(kLog2e));
       }
-      for (int64_t i = tid; i < size + w; i += kThreads) tiles.choice.votes[i] = 0.0f;
+      carry_votes(p, tiles.choice, begin);
       while (hard < size && held[hard] >= 0) ++hard;  // none empties
     }
   }

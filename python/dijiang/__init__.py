@@ -23,6 +23,7 @@ _NAMES = {
     "load_base": "hub",
     "restore": "conversion",
     "softmax_mode": "conversion",
+    "spread_hard_keys": "allocation",
 }
 
 

@@ -81,6 +81,12 @@ else:
         int | None,
         typer.Option(help="Exact keys: chosen beyond the window, a kv head.", show_default=False),
     ]
+    Spread = Annotated[
+        bool,
+        typer.Option(
+            "--spread/--even", help="Hard keys where layers need them, or as many in each."
+        ),
+    ]
     Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
     def main() -> int:
@@ -147,6 +153,7 @@ else:
         window: Window = None,
         sinks: Sinks = None,
         cache_size: CacheSize = None,
+        spread: Spread = True,
         calibrate: Annotated[bool, typer.Option(help="Set the far keys' weight on text.")] = True,
         as_json: Json = False,
     ):
@@ -159,11 +166,14 @@ else:
         student, tokenizer = _load_plain(model, console)
         from .conversion import convert as convert_model
 
-        rows = None
-        if calibrate and config.has_near and config.has_far:
+        spread = spread and config.cache_size > 0
+        calibrate = calibrate and config.has_near and config.has_far
+        if spread or calibrate:
             rows = _calibration_rows(data, tokenizer, 4 * max(config.window, config.sinks))
+        if spread:
+            config = _spread(student, config, rows, console)
         with console.stage("converting"):
-            convert_model(student, config, calibration=rows)
+            convert_model(student, config, calibration=rows if calibrate else None)
         _save(student, tokenizer, out)
         result = {"out": str(out), "start": student.dijiang_start, "config": config.to_dict()}
         _print(result, as_json, f"{out}: starts from {student.dijiang_start}")
@@ -179,6 +189,7 @@ else:
         window: Window = None,
         sinks: Sinks = None,
         cache_size: CacheSize = None,
+        spread: Spread = True,
         tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 65536,
         transfer_tokens: Annotated[
             int | None,
@@ -208,6 +219,8 @@ else:
             raise ValueError(f"--tokens must be at least 1, got {tokens}")
         blocks = _train_blocks(data, tokenizer, length)
         if not is_converted(student):
+            if spread and config.cache_size:
+                config = _spread(student, config, blocks[: -(-4096 // length)], console)
             convert_model(student, config)
         with console.stage(f"distilling on {tokens} tokens") as progress:
             done = distill_model(
@@ -569,6 +582,13 @@ else:
             Preset.window: DiJiangConfig.window_only,
         }[preset]
         return make(**given)
+
+    def _spread(model, config, rows, console: Terminal):
+        """The config with its hard keys where the model needs them."""
+        from .allocation import spread_hard_keys
+
+        with console.stage("finding where hard keys are needed") as progress:
+            return spread_hard_keys(model, rows, config, progress=progress)
 
     def _load(spec: str | None, console: Terminal):
         """(model, tokenizer), converted or not."""

@@ -140,7 +140,7 @@ def calibrate(
     keys of long ones weigh too much.
     """
     _check_converted(model, "calibrate")
-    ids = _as_batch(ids, "calibrate").to(model.device)
+    ids = as_batch(ids, "calibrate").to(model.device)
     kernels = [kernel for kernel in _kernels(model) if kernel.gate is not None]
     if not kernels:
         return model
@@ -343,7 +343,9 @@ def _start(configs: list[DiJiangConfig]) -> str:
     if not all(config.has_near for config in configs):
         return "far keys alone, untrained features: expect little before distill"
     if gates:
-        return f"window, sinks{hard} and far keys of log-weight {', '.join(f'{g:g}' for g in gates)}"
+        return (
+            f"window, sinks{hard} and far keys of log-weight {', '.join(f'{g:g}' for g in gates)}"
+        )
     return f"window and sinks{hard} alone: the far keys are closed until calibrate or distill"
 
 
@@ -450,7 +452,7 @@ def _check_converted(model, what: str) -> None:
         )
 
 
-def _as_batch(ids, what: str) -> Tensor:
+def as_batch(ids, what: str) -> Tensor:
     """Token ids as (batch, seqlen)."""
     if isinstance(ids, Iterable) and not isinstance(ids, Tensor):
         ids = torch.tensor(list(ids))

@@ -30,6 +30,10 @@ from ._types import (
 
 LOG2E = math.log2(math.e)
 
+# Of hard keys: a NOVEL-th of the slots goes to the most novel ones, and votes count CARRIED times
+# when the next choice is made.
+NOVEL, CARRIED = 2, 0.5
+
 
 def dct_matrix(n: int, dtype=torch.float64, device=None) -> Tensor:
     """C (n, n) with dct(x, 2) = C x: C_kj = a_k cos(pi (2j + 1) k / 2n), orthonormal."""
@@ -161,9 +165,10 @@ def choose_hard_keys(
     """int32 (Hkv, rows, cache_size): the positions kept beyond the window, a block and kv head.
 
     When block j begins, block j - 2 leaves the window. Of its keys, sinks excluded, and of those in
-    the slots, cache_size stay: first cache_size // 2 by novelty, |v - mean v| exp(-cos(k, mean k))
-    with the means over all tokens so far, then the rest by votes: the sum over the queries of block
-    j - 1 of their softmax weights among exact keys.
+    the slots, cache_size stay: first cache_size // NOVEL by novelty, |v - mean v|
+    exp(-cos(k, mean k)) with the means over all tokens so far, then the rest by votes: the sum over
+    the queries of block j - 1 of their softmax weights among exact keys, and for a key in a slot
+    half of what it had when the choice before was made.
     """
     *rows, count = hard_key_rows(q, window, cu_seqlens, seq_bounds)
     table = torch.zeros(k.shape[1], count, cache_size, dtype=torch.int32, device=q.device)
@@ -186,15 +191,22 @@ def choose_hard_keys(
 def _hard_keys_of_head(q, k, v, scale, window, sinks, cache_size) -> list[list[int]]:
     """q (G, T, d), k (T, d), v (T, dv) -> positions by block and slot, -1 where one is empty."""
     blocks = -(-k.shape[0] // window)
-    slots, table = [], []
+    slots, carried, table = [], {}, []
     for j in range(blocks):
         if j >= 2:
             fresh = list(
                 range(max((j - 2) * window, min(sinks, (j - 1) * window)), (j - 1) * window)
             )
-            keep = set(
-                _kept(q, k, v, slots + fresh, len(slots), j, scale, window, sinks, cache_size)
-            )
+            candidates = slots + fresh
+            votes = _votes(q, k, candidates, len(slots), j, scale, window, sinks)
+            votes += torch.tensor([carried.get(s, 0.0) for s in candidates]).to(votes)
+            keep = set(candidates)
+            if len(candidates) > cache_size:
+                novelty = _novelty(
+                    k[candidates], v[candidates], k[: j * window].sum(0), v[: j * window].mean(0)
+                )
+                keep = {candidates[i] for i in _best(novelty, votes, cache_size)}
+            carried = dict(zip(candidates, (CARRIED * votes).tolist(), strict=True))
             entering = [s for s in fresh if s in keep]
             slots = [s if s in keep else None for s in slots]
             slots = [entering.pop(0) if s is None else s for s in slots] + entering
@@ -202,21 +214,15 @@ def _hard_keys_of_head(q, k, v, scale, window, sinks, cache_size) -> list[list[i
     return table
 
 
-def _kept(q, k, v, candidates, num_slots, j, scale, window, sinks, cache_size) -> list[int]:
-    if len(candidates) <= cache_size:
-        return candidates
-    novelty = _novelty(
-        k[candidates], v[candidates], k[: j * window].sum(0), v[: j * window].mean(0)
-    )
-    # Votes of block j - 1, among its exact keys: sinks, slots, block j - 2 and the causal part.
+def _votes(q, k, candidates, num_slots, j, scale, window, sinks) -> Tensor:
+    """Of block j - 1, among its exact keys: sinks, slots, block j - 2 and the causal part."""
     start = (j - 2) * window
     exact = [*range(min(sinks, start)), *candidates[:num_slots], *range(start, j * window)]
     t = torch.arange(start + window, j * window, device=q.device)
     scores = scale * (q[:, t] @ k[exact].mT)
     later = torch.tensor(exact, device=q.device)[None] > t[:, None]
     votes = scores.masked_fill(later, -math.inf).softmax(-1).sum((0, 1))
-    votes = votes[[exact.index(s) for s in candidates]]
-    return [candidates[i] for i in _best(novelty, votes, cache_size)]
+    return votes[[exact.index(s) for s in candidates]]
 
 
 def _novelty(keys, values, key_sum, value_mean):
@@ -226,7 +232,7 @@ def _novelty(keys, values, key_sum, value_mean):
 
 def _best(novelty, votes, cache_size) -> list[int]:
     order = lambda x: torch.sort(x, descending=True, stable=True).indices.tolist()  # noqa: E731
-    kept = order(novelty)[: cache_size // 2]
+    kept = order(novelty)[: cache_size // NOVEL]
     return kept + [i for i in order(votes) if i not in kept][: cache_size - len(kept)]
 
 
@@ -463,7 +469,12 @@ class _HardKeys:
         since = torch.cat([self.since, since[:, skip:]], 1)
         position = torch.tensor(fresh, dtype=torch.int64).expand(len(keys), -1)
         position = torch.cat([self.position, position.to(self.position)], 1)
-        stay = self._choose(keys, values, skip, p) if given is None else self._take(position, given)
+        num_slots = len(self.keys)  # the candidates' votes
+        votes = torch.cat([self.votes[:, :num_slots], self.votes[:, num_slots + skip :]], 1)
+        if given is None:
+            stay = self._choose(keys, values, votes, p)
+        else:
+            stay = self._take(position, given)
         gone = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         leave = gone.scatter_(1, stay, False).nonzero()[:, 1].reshape(len(keys), -1)
         take = lambda x, i: x.gather(1, i.reshape(*i.shape, *(1,) * (x.dim() - 2)).expand(  # noqa: E731
@@ -482,13 +493,12 @@ class _HardKeys:
             list(take(values, stay).unbind(1)),
         )
         self.since, self.position = take(since, stay), take(position, stay)
-        self.votes = self.votes.new_zeros(len(keys), stay.shape[1] + w)
+        self.votes = torch.nn.functional.pad(CARRIED * take(votes, stay), (0, w))
         return far
 
-    def _choose(self, keys, values, skip, tokens):
+    def _choose(self, keys, values, votes, tokens):
         """Indices of the candidates (Hkv, n) that stay, by slot."""
         num_slots, n = len(self.keys), keys.shape[1]
-        votes = torch.cat([self.votes[:, :num_slots], self.votes[:, num_slots + skip :]], 1)
         stay = []
         for head in range(len(keys)):
             kept = set(range(n))

@@ -39,6 +39,11 @@ struct FeatureGrads {
   bool wanted() const { return omega != nullptr || log_weight != nullptr || beta != nullptr; }
 };
 
+// Of hard keys: one slot in kNovelSlots goes to the most novel keys, the others to those that
+// queries look at; votes count kCarriedVotes times when the next choice is made.
+constexpr int64_t kNovelSlots = 2;
+constexpr double kCarriedVotes = 0.5;
+
 // The constant-size memory of one batch of sequences. True S = kv * 2^log_scale, true
 // z = z * 2^log_scale, both referred to the time of the last folded key. log_scale holds whole
 // numbers (scaling is then exact) and kEmptyLogScale where nothing was folded.
@@ -60,8 +65,8 @@ struct AttentionState {
   int64_t* cache_position = nullptr;  // (num_seqs, kv heads, cache_size); -1: an empty slot
   void* cache_decay = nullptr;  // Acc (num_seqs, kv heads, cache_size): log_decay of the tokens
                                 // after the key, up to the last folded one; null: no decay
-  void* votes = nullptr;  // Acc (num_seqs, kv heads, cache_size + window): of the newest block's
-                          // queries for the slots and for the block before
+  void* votes = nullptr;  // Acc (num_seqs, kv heads, cache_size + window): for the slots and for
+                          // the block before the newest
   void* sums = nullptr;   // Acc (num_seqs, kv heads, headdim + headdim_v): of all keys so far, and
                           // of their values
 };

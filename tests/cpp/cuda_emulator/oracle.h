@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -167,26 +168,14 @@ inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int 
   const auto value = [&](int s) { return &p.v[p.row(kv_head, p.kv_heads, batch, begin + s) * dv]; };
   std::vector<std::vector<int>> blocks;
   std::vector<int> held;
+  std::map<int, double> carried;  // votes, by position
   for (int block = 0; block * w < length; ++block) {
     std::vector<int> all = held;
     const int leaving = (block - 2) * w;
     for (int s = std::max(leaving, p.sinks); block >= 2 && s < leaving + w; ++s) all.push_back(s);
-    if (block >= 2 && int(all.size()) > p.cache_size) {
-      std::vector<double> mean_k(d), mean_v(dv), novelty, votes(all.size());
-      for (int s = 0; s < block * w; ++s) {
-        for (int j = 0; j < d; ++j) mean_k[j] += key(s)[j] / (block * w);
-        for (int j = 0; j < dv; ++j) mean_v[j] += value(s)[j] / (block * w);
-      }
-      for (const int s : all) {
-        double product = 0, norm = 0, mean_norm = 0, square = 0;
-        for (int j = 0; j < d; ++j) {
-          product += key(s)[j] * mean_k[j];
-          norm += key(s)[j] * key(s)[j];
-          mean_norm += mean_k[j] * mean_k[j];
-        }
-        for (int j = 0; j < dv; ++j) square += std::pow(value(s)[j] - mean_v[j], 2);
-        novelty.push_back(std::sqrt(square) * std::exp(-product / std::sqrt(norm * mean_norm)));
-      }
+    std::vector<double> votes;
+    for (const int s : all) votes.push_back(carried.count(s) ? carried.at(s) : 0.0);
+    if (block >= 2) {
       for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
         for (int t = (block - 1) * w; t < block * w; ++t) {
           const double* query = &p.q[p.row(h, p.heads, batch, begin + t) * d];
@@ -205,6 +194,25 @@ inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int 
           for (size_t i = 0; i < all.size(); ++i) votes[i] += std::exp(score(all[i]) - top) / sum;
         }
       }
+      carried.clear();
+      for (size_t i = 0; i < all.size(); ++i) carried[all[i]] = dijiang::kCarriedVotes * votes[i];
+    }
+    if (block >= 2 && int(all.size()) > p.cache_size) {
+      std::vector<double> mean_k(d), mean_v(dv), novelty;
+      for (int s = 0; s < block * w; ++s) {
+        for (int j = 0; j < d; ++j) mean_k[j] += key(s)[j] / (block * w);
+        for (int j = 0; j < dv; ++j) mean_v[j] += value(s)[j] / (block * w);
+      }
+      for (const int s : all) {
+        double product = 0, norm = 0, mean_norm = 0, square = 0;
+        for (int j = 0; j < d; ++j) {
+          product += key(s)[j] * mean_k[j];
+          norm += key(s)[j] * key(s)[j];
+          mean_norm += mean_k[j] * mean_k[j];
+        }
+        for (int j = 0; j < dv; ++j) square += std::pow(value(s)[j] - mean_v[j], 2);
+        novelty.push_back(std::sqrt(square) * std::exp(-product / std::sqrt(norm * mean_norm)));
+      }
       std::vector<bool> kept(all.size());
       const auto keep = [&](const std::vector<double>& scores, int wanted) {
         for (; wanted > 0; --wanted) {
@@ -215,8 +223,9 @@ inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int 
           kept[best] = true;
         }
       };
-      keep(novelty, p.cache_size / 2);
-      keep(votes, p.cache_size - p.cache_size / 2);
+      const int novel = p.cache_size / int(dijiang::kNovelSlots);
+      keep(novelty, novel);
+      keep(votes, p.cache_size - novel);
       std::vector<int> entering, next;
       for (size_t i = held.size(); i < all.size(); ++i) {
         if (kept[i]) entering.push_back(all[i]);

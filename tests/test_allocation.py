@@ -1,0 +1,107 @@
+"""spread_hard_keys: the same memory, spent in the layers that need it."""
+
+import itertools
+
+import dijiang
+import pytest
+import torch
+from dijiang import DiJiangConfig
+from dijiang.allocation import best_sizes
+from tiny import tiny_model
+
+IDS = torch.randint(2, 500, (2, 96), generator=torch.Generator().manual_seed(1))
+CONFIG = DiJiangConfig(window=8, sinks=2, cache_size=8)
+
+
+def model_with_a_lazy_layer(lazy, seed=0):
+    """Its `lazy` layer has nothing beyond the window to find: every key's value is the same."""
+    model = tiny_model(seed, num_hidden_layers=3, initializer_range=0.3)
+    with torch.no_grad():
+        model.model.layers[lazy].self_attn.v_proj.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("lazy", [0, 1, 2])
+def test_slots_go_where_they_are_needed(lazy):
+    model = model_with_a_lazy_layer(lazy)
+    config = dijiang.spread_hard_keys(model, IDS, CONFIG)
+    sizes = [config.at(layer).cache_size for layer in range(3)]
+    assert sizes[lazy] == 0 and 0 < sum(sizes) <= 3 * 8
+    assert config.replace(per_layer={}) == CONFIG
+
+
+def test_predictions_are_closer_at_the_same_memory():
+    def kl(config):
+        model = model_with_a_lazy_layer(1)
+        student = dijiang.convert(model_with_a_lazy_layer(1), config)
+        return dijiang.evaluate.agreement(student, model, IDS).kl
+
+    exact = CONFIG.replace(feature_map=None)
+    spread = dijiang.spread_hard_keys(model_with_a_lazy_layer(1), IDS, exact)
+    assert kl(spread) < 0.9 * kl(exact)
+
+
+def test_leaves_the_model_as_it_was():
+    model = model_with_a_lazy_layer(1).train()
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    steps = []
+    dijiang.spread_hard_keys(model, IDS, CONFIG, progress=lambda *at: steps.append(at))
+    assert not dijiang.is_converted(model) and model.training
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    assert steps == [(i + 1, steps[-1][1]) for i in range(steps[-1][1])]
+    with pytest.raises(RuntimeError, match="stop"):
+        dijiang.spread_hard_keys(model, IDS, CONFIG, progress=_stop)
+    assert not dijiang.is_converted(model) and model.training
+
+
+def _stop(done, of):
+    raise RuntimeError("stop")
+
+
+def test_layers_keep_what_is_theirs():
+    """Layers left out, without a window, or with a field of their own."""
+    config = CONFIG.replace(
+        layers=[1, 2], per_layer={1: {"window": 0, "cache_size": 0}, 2: {"sinks": 5}}
+    )
+    spread = dijiang.spread_hard_keys(model_with_a_lazy_layer(0), IDS, config)
+    assert spread.per_layer == {
+        1: {"window": 0, "cache_size": 0},
+        2: {"sinks": 5, "cache_size": 8},
+    }
+    dijiang.convert(model_with_a_lazy_layer(0), spread)
+
+
+def test_refuses():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="cache_size is 0"):
+        dijiang.spread_hard_keys(model, IDS, DiJiangConfig())
+    with pytest.raises(ValueError, match=r"rows of 12 tokens .* at least 64"):
+        dijiang.spread_hard_keys(model, IDS[:, :12], CONFIG)
+    with pytest.raises(TypeError, match="got dict"):
+        dijiang.spread_hard_keys(model, IDS, {})
+    with pytest.raises(TypeError, match="token ids"):
+        dijiang.spread_hard_keys(model, IDS.float(), CONFIG)
+    with pytest.raises(ValueError, match="restore it first"):
+        dijiang.spread_hard_keys(dijiang.convert(model, CONFIG), IDS, CONFIG)
+
+
+def test_greedy_sizes_are_the_best_of_convex_losses():
+    sizes = [0, 4, 8, 12]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        # Each step gains less than the one before it.
+        gains = torch.rand(3, 3, generator=draw).sort(1, descending=True).values
+        losses = (10 - torch.cat([torch.zeros(3, 1), gains.cumsum(1)], 1)).tolist()
+
+        def total(steps, losses=losses):
+            return sum(loss[i] for loss, i in zip(losses, steps, strict=True))
+
+        chosen = best_sizes(sizes, losses, 5)  # 15 in all: three steps
+        best = min(total(s) for s in itertools.product(range(4), repeat=3) if sum(s) <= 3)
+        assert sum(chosen) == 12
+        assert total([sizes.index(c) for c in chosen]) == pytest.approx(best)
+
+
+def test_no_gain_no_slots():
+    assert best_sizes([0, 4], [[1.0, 1.0], [1.0, 2.0]], 4) == [0, 0]
