@@ -179,14 +179,18 @@ class Bench:
         }
 
 
+def headdim_of(base) -> int:
+    c = base.config
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
 def state_bytes(base, config: DiJiangConfig | None) -> int:
     """Of a key/value head after 8192 tokens in bfloat16; the mean over the layers."""
-    c = base.config
-    headdim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    headdim = headdim_of(base)
     if config is None:
         return 8192 * 2 * headdim * 2
     sizes = []
-    for layer in range(c.num_hidden_layers):
+    for layer in range(base.config.num_hidden_layers):
         kernel = AttentionKernel(config.at(layer), heads=1, kv_heads=1, headdim=headdim)
         state = kernel.empty_state(1, torch.bfloat16, "cpu")
         sizes.append(sum(x.numel() * x.element_size() for x in state if x is not None))
@@ -237,6 +241,34 @@ def summary(rows: Mapping[str, dict]) -> str:
     return f"{language(rows)}\n\n{recall(rows)}"
 
 
+def draw(rows: Mapping[str, dict], path: Path) -> None:
+    """What is kept by what it takes: untrained hard keys, chosen and spread in different ways."""
+    from dijiang import plots
+
+    kinds = {"hard": "as many in each layer", "spread": "spread over the layers"}
+    kinds["heavy hitters"] = "heavy hitters (H2O)"
+    best, worst = (rows[end]["measured"]["perplexity"][-1] for end in ("teacher", "window"))
+    series: dict[str, list[tuple[float, float]]] = {}
+    if worst["perplexity"] <= best["perplexity"]:
+        return  # in short windows every key is exact
+    for name, row in rows.items():
+        first, _, rest = name.partition(", ")
+        kind = kinds.get(rest or first.rpartition(" ")[0])
+        if kind is None or row["training"].get("tokens"):
+            continue
+        one = row["measured"]["perplexity"][-1]["perplexity"]
+        closed = 100 * evaluate.gap_closed(best["perplexity"], worst["perplexity"], one)
+        series.setdefault(kind, []).append((row["state_bytes"] / 1024, closed))
+    if not series:
+        return
+    plots.lines(
+        {name: sorted(points) for name, points in series.items()}, path, logy=False,
+        title=f"Untrained, {best['length']} tokens",
+        xlabel="KiB a key/value head, window and sinks included",
+        ylabel="% of the perplexity from window to teacher closed",
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
@@ -260,6 +292,8 @@ def main() -> None:
         done = results(options.out).items()
         print(summary({n: row for n, row in done if n in ("teacher", "window", name)}))
     done = results(options.out)
+    if {"teacher", "window"} <= set(done):
+        draw(done, options.out / "quality.png")
     missing = [name for name in RECIPES if name not in done]
     print(summary(done) if done else "no results yet")
     print(f"\nno result yet: {'; '.join(missing) or 'none missing'}")

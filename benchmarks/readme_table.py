@@ -5,7 +5,7 @@
     python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
-memory.py, dct.py, model.py and quality.py, and from a demo's results.json kept as demo.json.
+memory.py, dct.py, model.py, quality.py, maps.py, and from a demo's results.json kept as demo.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import floor
+import maps as feature_maps
 import quality as recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +191,12 @@ def model() -> str:
     return common.table(header, cells) + "\n\n" + _measured(machine)
 
 
+def maps() -> str:
+    """The feature maps on equal terms."""
+    machine, rows = common.read(common.RESULTS / "maps.csv")
+    return feature_maps.summary(rows) + "\n\n" + _measured(machine)
+
+
 def picture() -> str:
     """The demo's summary plot, once there is one."""
     name = _demo()["settings"]["model"]
@@ -213,6 +220,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dct": dct,
     "dct sizes": dct_sizes,
     "model": model,
+    "maps": maps,
     "recipes": lambda: recipes.language(recipes.results()) + "\n\n" + _recipes_measured(),
     "recipes recall": lambda: recipes.recall(recipes.results()),
 }

@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def run(name: str, out: pathlib.Path) -> list[dict[str, str]]:
+def run(name: str, out: pathlib.Path, *more) -> list[dict[str, str]]:
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--quick", "--out", out, "--threads", "2"]
+    command += more
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out)
     assert done.returncode == 0, done.stderr
     with (out / f"{name}.csv").open() as file:
@@ -79,13 +80,30 @@ def test_dct(folder):
     assert (folder / "dct.png").exists()
 
 
-def test_quality(tmp_path):
-    model = tiny_llama(tmp_path / "model")
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def model_and_text(tmp_path_factory):
+    """Arguments."""
+    folder = tmp_path_factory.mktemp("model_and_text")
+    text = folder / "text.txt"
     text.write_text("\n\n".join(f"Note {i}: " + "the cat sat on the mat " * 9 for i in range(90)))
+    return ["--model", tiny_llama(folder / "model"), "--data", text]
+
+
+def test_maps(tmp_path, model_and_text):
+    rows = run("maps", tmp_path, *model_and_text)
+    rows = {row["map"]: row for row in rows}
+    assert len(rows) == 11
+    for name, row in rows.items():
+        assert bool(row["trained_error"]) == bool(row["parameters"])
+        if row["parameters"]:
+            assert float(row["trained_error"]) < float(row["error"]), name
+    assert int(rows["wdcf"]["parameters"]) < int(rows["learned"]["parameters"])
+
+
+def test_quality(tmp_path, model_and_text):
     command = [
         sys.executable, BENCHMARKS / "quality.py", "--quick", "--out", tmp_path, "--threads", "2",
-        "--model", model, "--data", text, "--run", "teacher", "window", "heavy hitters 64",
+        *model_and_text, "--run", "teacher", "window", "heavy hitters 64",
         "hard 64, spread, trained", "hard 64, far, transfer",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
@@ -174,11 +192,12 @@ def bench(monkeypatch):
     import eviction
     import floor
     import formulas
+    import maps
     import quality
     import readme_table
     import rivals
 
-    scripts = (common, cpu, dct, eviction, floor, formulas, quality, readme_table, rivals)
+    scripts = (common, cpu, dct, eviction, floor, formulas, maps, quality, readme_table, rivals)
     yield types.SimpleNamespace(**{script.__name__: script for script in scripts})
     for script in scripts:
         sys.modules.pop(script.__name__)

@@ -1,0 +1,109 @@
+"""The feature maps on equal terms: linear attention alone, as many features, the same training.
+
+    python benchmarks/maps.py              # about a quarter of an hour on two cores
+
+No window and no sinks: every key is far, so that a map has nothing to hide behind. Each learns to
+give softmax attention's outputs, its own parameters alone, on the same tokens in the same order.
+Writes maps.csv: perplexity and the error of attention's outputs on held-out text, before and after.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+
+import torch
+from common import arguments, read, table, write
+from dijiang import DiJiangConfig, convert, data, distill, evaluate
+from dijiang.config import FEATURE_MAPS
+from quality import PROSE, Bench, Sizes, headdim_of
+
+LENGTH = 512
+TOKENS = 24576
+WINDOWS = 8
+COLUMNS = ("perplexity", "trained_perplexity", "error", "trained_error")
+#: Softmax attention, and the window alone, stand beside.
+OTHERS = {"(softmax attention)": None, "(window 64 + 4)": DiJiangConfig.window_only(64, 4)}
+
+
+def run(bench: Bench, name: str, length: int, tokens: int, windows: int) -> dict:
+    held_out = data.cut(bench.held_out, length, blocks=windows)
+    if name in OTHERS:
+        model = bench.base
+        if OTHERS[name] is not None:
+            model = convert(copy.deepcopy(model), OTHERS[name])
+        perplexity = evaluate.perplexity(model, held_out).perplexity
+        return row(name, perplexity, None if model is bench.base else error(model, held_out))
+    features = headdim_of(bench.base)
+    config = DiJiangConfig(feature_map=name, num_features=features, window=0, sinks=0)
+    model = convert(copy.deepcopy(bench.base), config)
+    before = evaluate.perplexity(model, held_out).perplexity, error(model, held_out)
+    begin = time.monotonic()
+    learned = sum(p.numel() for n, p in model.named_parameters() if ".dijiang." in n)
+    if not learned:
+        return row(name, *before)
+    distill(model, data.cut(bench.train, length), tokens=tokens, transfer_tokens=tokens)
+    seconds = time.monotonic() - begin
+    after = evaluate.perplexity(model, held_out).perplexity, error(model, held_out)
+    return row(name, *before, *after, learned, tokens, seconds)
+
+
+def row(
+    name, perplexity=None, wrong=None, later=None, later_wrong=None, learned=None, tokens=0,
+    seconds=0.0,
+):  # fmt: skip
+    def said(x):
+        return "" if x is None or math.isnan(x) else f"{x:.4g}"
+
+    return {
+        "map": name,
+        "perplexity": said(perplexity),
+        "error": said(wrong),
+        "trained_perplexity": said(later),
+        "trained_error": said(later_wrong),
+        "parameters": learned or "",
+        "tokens": tokens,
+        "seconds": round(seconds),
+    }
+
+
+def error(model, windows) -> float:
+    """Of attention's outputs, relative, the mean over the layers."""
+    return statistics.fmean(one.error for one in evaluate.attention_errors(model, windows))
+
+
+def summary(rows) -> str:
+    header = ["map", "learned numbers", "perplexity", "trained", "error", "trained"]
+    cells = [
+        [
+            one["map"],
+            one["parameters"] or "-",
+            *(one[x] or "-" for x in COLUMNS),
+        ]
+        for one in rows
+    ]
+    return table(header, cells)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder, hub id or GGUF file; none: load_base's default")
+    parser.add_argument("--data", default=PROSE, help="text file or folder")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sizes = (64, 128, 2) if options.quick else (LENGTH, TOKENS, WINDOWS)
+    bench = Bench(options.model, options.data, Sizes({}, 0, (), 0))
+    rows = []
+    for name in (*OTHERS, *FEATURE_MAPS):
+        rows.append(run(bench, name, *sizes))
+        print(summary(rows[-1:]))
+        write(
+            rows, options.out / "maps.csv", f"windows of {sizes[0]}, {sizes[1]} tokens of training"
+        )
+    print(summary(read(options.out / "maps.csv")[1]))
+
+
+if __name__ == "__main__":
+    main()
