@@ -242,7 +242,7 @@ def summary(rows: Mapping[str, dict]) -> str:
 
 
 def draw(rows: Mapping[str, dict], path: Path) -> None:
-    """What is kept by what it takes: untrained hard keys, chosen and spread in different ways."""
+    """What is kept by how many hard keys, chosen and spread in different ways, untrained."""
     from dijiang import plots
 
     kinds = {"hard": "as many in each layer", "spread": "spread over the layers"}
@@ -258,13 +258,13 @@ def draw(rows: Mapping[str, dict], path: Path) -> None:
             continue
         one = row["measured"]["perplexity"][-1]["perplexity"]
         closed = 100 * evaluate.gap_closed(best["perplexity"], worst["perplexity"], one)
-        series.setdefault(kind, []).append((row["state_bytes"] / 1024, closed))
+        series.setdefault(kind, []).append((row["config"]["cache_size"], closed))
     if not series:
         return
     plots.lines(
         {name: sorted(points) for name, points in series.items()}, path, logy=False,
         title=f"Untrained, {best['length']} tokens",
-        xlabel="KiB a key/value head, window and sinks included",
+        xlabel="hard keys a key/value head, the mean over the layers",
         ylabel="% of the perplexity from window to teacher closed",
     )  # fmt: skip
 
