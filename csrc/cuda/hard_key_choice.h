@@ -138,8 +138,8 @@ __device__ inline void choose(const LinearAttentionParams& p, const Candidates& 
   __syncthreads();
 }
 
-// Votes for the next choice, once `held` is new: of those that stay or enter, some of what they had.
-// Barriers before and after.
+// Votes for the next choice, once `held` is new: of those that stay or enter, some of what they
+// had. Barriers before and after.
 __device__ inline void carry_votes(const LinearAttentionParams& p, const Choice& choice,
                                    int64_t leaving) {
   const int64_t size = p.cache_size;
