@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 
 import torch
 from common import arguments, read, table, write
@@ -40,19 +39,16 @@ def run(bench: Bench, name: str, length: int, tokens: int, windows: int) -> dict
     config = DiJiangConfig(feature_map=name, num_features=features, window=0, sinks=0)
     model = convert(copy.deepcopy(bench.base), config)
     before = evaluate.perplexity(model, held_out).perplexity, error(model, held_out)
-    begin = time.monotonic()
     learned = sum(p.numel() for n, p in model.named_parameters() if ".dijiang." in n)
     if not learned:
         return row(name, *before)
     distill(model, data.cut(bench.train, length), tokens=tokens, transfer_tokens=tokens)
-    seconds = time.monotonic() - begin
     after = evaluate.perplexity(model, held_out).perplexity, error(model, held_out)
-    return row(name, *before, *after, learned, tokens, seconds)
+    return row(name, *before, *after, learned, tokens)
 
 
 def row(
     name, perplexity=None, wrong=None, later=None, later_wrong=None, learned=None, tokens=0,
-    seconds=0.0,
 ):  # fmt: skip
     def said(x):
         return "" if x is None or math.isnan(x) else f"{x:.4g}"
@@ -65,7 +61,6 @@ def row(
         "trained_error": said(later_wrong),
         "parameters": learned or "",
         "tokens": tokens,
-        "seconds": round(seconds),
     }
 
 
