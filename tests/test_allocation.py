@@ -1,11 +1,12 @@
 """spread_hard_keys: the same memory, spent in the layers that need it."""
 
+import doctest
 import itertools
 
 import dijiang
 import pytest
 import torch
-from dijiang import DiJiangConfig
+from dijiang import DiJiangConfig, allocation
 from dijiang.allocation import best_sizes
 from tiny import tiny_model
 
@@ -101,6 +102,10 @@ def test_greedy_sizes_are_the_best_of_convex_losses():
         best = min(total(s) for s in itertools.product(range(4), repeat=3) if sum(s) <= 3)
         assert sum(chosen) == 12
         assert total([sizes.index(c) for c in chosen]) == pytest.approx(best)
+
+
+def test_examples():
+    assert doctest.testmod(allocation).failed == 0
 
 
 def test_no_gain_no_slots():

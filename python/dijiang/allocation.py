@@ -153,7 +153,7 @@ def best_sizes(sizes: Sequence[int], losses: Sequence[Sequence[float]], mean: fl
     Greedy: of all larger sizes of all layers that still fit, the one that gains most a slot is
     next, until none gains. ``sizes`` ascend from 0.
 
-    >>> best_sizes([0, 4, 8], [[9, 1, 0], [2, 1, 1]], 4)
+    >>> best_sizes([0, 4, 8], [[9, 1, 0.5], [2, 1, 1]], 4)
     [4, 4]
     >>> best_sizes([0, 4, 8], [[9, 5, 0], [2, 1, 1]], 4)
     [8, 0]
