@@ -64,8 +64,8 @@ class HeavyHitters(AttentionKernel):
         """Keys that stay keep their slots, others go where there is room."""
         rows = []
         for slots, keys in zip(before.tolist(), held.tolist(), strict=True):
-            stay = set(keys)
-            entering = [key for key in keys if key not in set(slots)]
+            stay, known = set(keys), set(slots)
+            entering = [key for key in keys if key not in known]
             row = [s if s in stay else entering.pop(0) if entering else -1 for s in slots]
             rows.append(row)
         return torch.tensor(rows, dtype=torch.int32)

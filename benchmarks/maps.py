@@ -10,7 +10,6 @@ Writes maps.csv: perplexity and the error of attention's outputs on held-out tex
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 
 import torch
@@ -51,7 +50,7 @@ def row(
     name, perplexity=None, wrong=None, later=None, later_wrong=None, learned=None, tokens=0,
 ):  # fmt: skip
     def said(x):
-        return "" if x is None or math.isnan(x) else f"{x:.4g}"
+        return "" if x is None else f"{x:.4g}"
 
     return {
         "map": name,
@@ -71,14 +70,7 @@ def error(model, windows) -> float:
 
 def summary(rows) -> str:
     header = ["map", "learned numbers", "perplexity", "trained", "error", "trained"]
-    cells = [
-        [
-            one["map"],
-            one["parameters"] or "-",
-            *(one[x] or "-" for x in COLUMNS),
-        ]
-        for one in rows
-    ]
+    cells = [[one[x] or "-" for x in ("map", "parameters", *COLUMNS)] for one in rows]
     return table(header, cells)
 
 

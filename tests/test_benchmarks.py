@@ -156,12 +156,13 @@ def test_heavy_hitters(bench, size):
             before = seen[:, past - 1] if block > 2 else torch.zeros_like(seen[:, 0])
             able = before | (p >= past - 2 * w)
             able &= (p >= sinks) & (p < past - w)
-            best = mass.masked_fill(~able, -1).topk(size if size < T else T).indices
+            best = mass.masked_fill(~able, -1).topk(min(size, T)).indices
             kept = torch.zeros_like(able).scatter_(1, best, True) & able
             seen[:, past : past + w] |= kept[:, None]
-        for row, block in enumerate(range(-(-T // w))):
-            table = held_keys(kernel._table(q[b], k[b])[:, block], T)
-            at = row * w
+        chosen = kernel._table(q[b], k[b])
+        for block in range(-(-T // w)):
+            table = held_keys(chosen[:, block], T)
+            at = block * w
             far = seen[:, at] & (p < max(at - w, 0)) & (p >= sinks)
             assert torch.equal(table, far)
         weights = scores.masked_fill(~seen.repeat_interleave(2, 0), -torch.inf).softmax(-1)

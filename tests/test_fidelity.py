@@ -165,6 +165,15 @@ def test_a_window_that_holds_everything_has_no_error(blocks):
     assert max(row.error for row in evaluate.attention_errors(model, blocks)) < 1e-10
 
 
+def test_a_layer_without_output_has_no_error(blocks):
+    model = plain()
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.v_proj.weight)
+    dijiang.convert(model, dijiang.DiJiangConfig(window=WINDOW, sinks=SINKS))
+    silent, other = evaluate.attention_errors(model, blocks)
+    assert silent.error == 0 and silent.standard_error == 0 and set(silent.heads) == {0}
+    assert other.error > 0
+
+
 def test_attention_errors_of_some_layers(blocks):
     model = converted(layers=(1,))
     assert [row.layer for row in evaluate.attention_errors(model, blocks)] == [1]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .attention import kernel_mode
+from .attention import NAME, kernel_mode
 from .config import DiJiangConfig
-from .conversion import as_batch, convert, is_converted, only_last_logits, restore
+from .conversion import as_batch, convert, is_converted, restore
 from .divergence import kl_divergence
+from .evaluate import attention_errors
 from .modules import AttentionKernel
 
 #: Cache sizes a layer may get, as multiples of the mean; none is the first.
@@ -78,13 +79,9 @@ def spread_hard_keys(
 
 
 def _spread(model, ids, config, progress) -> DiJiangConfig:
-    kernels = {
-        module.layer_idx: module.dijiang
-        for module in model.modules()
-        if isinstance(getattr(module, "dijiang", None), AttentionKernel)
-    }
-    kernels = {layer: kernel for layer, kernel in kernels.items() if kernel.config.window}
-    near = max(max(2 * one.config.window, one.config.sinks) for one in kernels.values())
+    modules = [m for m in model.modules() if isinstance(getattr(m, NAME, None), AttentionKernel)]
+    kernels = {m.layer_idx: m.dijiang for m in modules if m.dijiang.config.window}
+    near = max(kernel.config.near_span for kernel in kernels.values())
     if ids.shape[1] <= near:
         raise ValueError(
             f"spread_hard_keys: rows of {ids.shape[1]} tokens have no keys beyond the window of up "
@@ -107,13 +104,9 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
 
     def errors(rows) -> list[float]:
         """Of each layer's output, relative."""
-        sums = 0
-        for row in rows.split(1):
-            with kernel_mode(model, "compare"):
-                model(input_ids=row, use_cache=False, **only_last_logits(model))
-                sums = sums + torch.stack([one.loss.double().sum(1) for one in kernels.values()])
+        found = {one.layer: one.error for one in attention_errors(model, rows)}
         advance()
-        return (sums[:, 0] / sums[:, 1]).tolist()
+        return [found[layer] for layer in kernels]
 
     by_size = []
     for size in sizes:
@@ -121,8 +114,9 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
         by_size.append(errors(ids))
     set_sizes(0)
     weights = _weights(model, kernels.values(), few, errors(few), advance)
-    totals = [[e * w for e, w in zip(one, weights, strict=True)] for one in by_size]
-    chosen = best_sizes(sizes, [list(layer) for layer in zip(*totals, strict=True)], mean)
+    by_layer = zip(*by_size, strict=True)
+    losses = [[weight * e for e in row] for weight, row in zip(weights, by_layer, strict=True)]
+    chosen = best_sizes(sizes, losses, mean)
     per_layer = {layer: dict(own) for layer, own in config.per_layer.items()}
     for layer, size in zip(kernels, chosen, strict=True):
         per_layer.setdefault(layer, {})["cache_size"] = size

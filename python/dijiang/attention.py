@@ -23,7 +23,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from .calibration import calibrate_gate
-from .config import DiJiangConfig
 from .modules import AttentionKernel
 
 #: The name convert puts in config._attn_implementation.
@@ -105,7 +104,7 @@ def dijiang_mask(
             f"{tuple(attention_mask.shape)}"
         )
     bounds = padding_bounds(attention_mask[:, -q_length:])
-    if DiJiangConfig.from_dict(config.dijiang).layers == "all":
+    if config.dijiang.get("layers", "all") == "all":  # at every token: not the whole config
         return bounds
     if bounds is None and bool(attention_mask.all()):
         return None

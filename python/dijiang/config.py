@@ -217,6 +217,11 @@ class DiJiangConfig:
         return self.window > 0 or self.sinks > 0
 
     @property
+    def near_span(self) -> int:
+        """Tokens of which every key is near: longer sequences may have others."""
+        return max(2 * self.window, self.sinks)
+
+    @property
     def has_far(self) -> bool:
         """Whether there are far keys, weighed by features."""
         return self.feature_map is not None

@@ -98,8 +98,7 @@ def convert(
     model.config.dijiang = config.to_dict()
     _set_attention(model, NAME)
 
-    start = _start([kernel.config for kernel in kernels])
-    model.dijiang_start = start
+    model.dijiang_start = _start([kernel.config for kernel in kernels])
     if calibration is not None:
         try:
             calibrate(model, calibration)
@@ -334,9 +333,9 @@ def _check_convertible(model) -> None:
 
 def _start(configs: list[DiJiangConfig]) -> str:
     """What a model of these layers starts from, in words."""
-    sizes = sorted({config.cache_size for config in configs})
-    hard = f" and {' to '.join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:])))} hard keys"
-    hard = hard if sizes[-1] else ""
+    sizes = [config.cache_size for config in configs]
+    least, most = min(sizes), max(sizes)
+    hard = f" and {most if least == most else f'{least} to {most}'} hard keys" if most else ""
     gates = sorted({config.gate for config in configs if config.gate != "auto"})
     if not any(config.has_far for config in configs):
         return f"window and sinks{hard} alone: there are no far keys"

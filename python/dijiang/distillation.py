@@ -133,7 +133,7 @@ def distill(
     started = time.monotonic()
     # A closed gate has no gradient, in either stage.
     if calibrate and any(kernel.closed for kernel in kernels):
-        near = max(max(2 * kernel.config.window, kernel.config.sinks) for kernel in kernels)
+        near = max(kernel.config.near_span for kernel in kernels)
         if transfer_tokens or row_length > near:
             # Attention transfer takes away what errors of many heads add up to, KL does not.
             _calibrate(model, rows, choose=not transfer_tokens)

@@ -65,7 +65,7 @@ def attention_errors(
     with kernel_mode(model, "compare"):
         for index, block in enumerate(blocks.to(device_of(model))):
             model(input_ids=block[None], use_cache=False, **only_last_logits(model))
-            windows.append([kernel.loss.double().cpu() for kernel in kernels.values()])
+            windows.append([_at_least_tiny(kernel.loss) for kernel in kernels.values()])
             if progress:
                 progress(index + 1, len(blocks))
     rows = []
@@ -76,6 +76,12 @@ def attention_errors(
             LayerError(layer, float(error.sum() / size.sum()), deviation, (error / size).tolist())
         )
     return rows
+
+
+def _at_least_tiny(loss: Tensor) -> Tensor:
+    """(error, size), (2, heads): a size above 0, so that a head whose output is 0 has error 0."""
+    error, size = loss.double().cpu()
+    return torch.stack([error, size.clamp_min(torch.finfo(size.dtype).tiny)])
 
 
 @torch.no_grad()
