@@ -54,8 +54,11 @@ QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 256, "length": 256})
 CALIBRATION = {"length": 4096, "rows": 1}
 # Attention's own weights learn by KL to the teacher.
 TRAINED = {"tokens": 32768, "length": 2048}
+LONG = {"tokens": 299008, "length": 2048}  # as many as 30 minutes are meant to be enough for
 # Features and gates learn to give softmax attention's outputs.
 TRANSFER = {"tokens": 65536, "transfer_tokens": 65536, "length": 2048}
+# On rows as long as the longest context measured; few of them, so at a higher rate.
+FAR = {"tokens": 294912, "transfer_tokens": 294912, "length": 8192, "learning_rate": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,12 @@ RECIPES: dict[str, Recipe] = {
     "hard 64, far, transfer": Recipe(DiJiangConfig(cache_size=64), train=TRANSFER),
     "hard 64, spread": Recipe(exact(cache_size=64), spread=True, note="64 a layer in the mean"),
     "hard 64, spread, trained": Recipe(exact(cache_size=64), spread=True, train=TRAINED),
+    "hard 64, spread, trained long": Recipe(exact(cache_size=64), spread=True, train=LONG),
+    "hard 64, spread, far, transfer": Recipe(
+        DiJiangConfig(feature_map="learned", cache_size=64), spread=True, train=FAR
+    ),
     "hard 128": Recipe(exact(cache_size=128), note="as large as hard 64 with far keys"),
+    "hard 128, spread": Recipe(exact(cache_size=128), spread=True, note="128 in the mean"),
     "hard 256": Recipe(exact(cache_size=256), note="no far keys"),
     "hard 256, spread": Recipe(exact(cache_size=256), spread=True, note="256 in the mean"),
 }
@@ -132,6 +140,7 @@ class Bench:
                 rows = data.cut(self.train, wanted.pop("length"))
                 done = distill(model, rows, teacher=self.base, **wanted)
                 training |= {"tokens": wanted["tokens"], "start": done.start}
+                training["losses"] = [round(row["loss"], 5) for row in done.history]
             training["seconds"] = round(time.monotonic() - begin, 1)
         return {
             "name": name,

@@ -42,6 +42,30 @@ def test_predictions_are_closer_at_the_same_memory():
     assert kl(spread) < 0.9 * kl(exact)
 
 
+@torch.no_grad()
+def test_convert_spreads_where_there_is_text():
+    wanted = dijiang.spread_hard_keys(model_with_a_lazy_layer(1), IDS, CONFIG)
+    steps = []
+    model = dijiang.convert(
+        model_with_a_lazy_layer(1), CONFIG, calibration=IDS, progress=lambda *at: steps.append(at)
+    )
+    assert DiJiangConfig.from_dict(model.config.dijiang) == wanted and steps
+    assert "far keys calibrated" in model.dijiang_start
+    own = CONFIG.replace(per_layer={1: {"cache_size": 5}})
+    for config, spread in ((CONFIG, False), (own, True), (CONFIG.replace(cache_size=0), True)):
+        model = model_with_a_lazy_layer(1)
+        dijiang.convert(model, config, calibration=IDS, spread=spread)
+        assert DiJiangConfig.from_dict(model.config.dijiang) == config
+
+
+def test_a_refused_calibration_leaves_the_model_as_it_was():
+    model = tiny_model()
+    for short in (IDS[:, :12], IDS.float()):
+        with pytest.raises((ValueError, TypeError)):
+            dijiang.convert(model, CONFIG, calibration=short)
+        assert not dijiang.is_converted(model)
+
+
 def test_leaves_the_model_as_it_was():
     model = model_with_a_lazy_layer(1).train()
     before = {name: x.clone() for name, x in model.named_parameters()}
@@ -76,7 +100,7 @@ def test_layers_keep_what_is_theirs():
 def test_refuses():
     model = tiny_model()
     with pytest.raises(ValueError, match="cache_size is 0"):
-        dijiang.spread_hard_keys(model, IDS, DiJiangConfig())
+        dijiang.spread_hard_keys(model, IDS, DiJiangConfig(cache_size=0))
     with pytest.raises(ValueError, match=r"rows of 12 tokens .* at least 64"):
         dijiang.spread_hard_keys(model, IDS[:, :12], CONFIG)
     with pytest.raises(TypeError, match="got dict"):

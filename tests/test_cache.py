@@ -6,7 +6,7 @@ import torch
 from dijiang import DiJiangCache, DiJiangConfig
 from tiny import tiny_model
 
-CONFIG = DiJiangConfig(window=8, sinks=2, gate=0.0)
+CONFIG = DiJiangConfig(window=8, sinks=2, cache_size=0, gate=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,14 @@ def test_convert_then_eval_generate_bench(run, folder, text, tmp_path):
     assert (out_folder / "model.safetensors").exists()
 
     code, out, err = run(
+        "convert", "--model", folder, "--data", text, "--window", 16, "--even", "--json",
+        "--out", tmp_path / "even",
+    )  # fmt: skip
+    assert code == 0, err
+    config = json.loads(out)["config"]
+    assert config["cache_size"] == 16 and config["per_layer"] == {}
+
+    code, out, err = run(
         "eval", "--model", out_folder, "--teacher", folder, "--data", text, "--lengths", "64,128",
         "--tokens", 256, "--distances", 50, "--trials", 2, "--json",
     )  # fmt: skip

@@ -93,6 +93,15 @@ def test_replace_checks_again_and_nothing_can_be_set():
         config.window = 3
 
 
+def test_as_many_hard_keys_as_the_window_has():
+    assert DiJiangConfig().cache_size == 64
+    assert DiJiangConfig(window=8).cache_size == 8
+    assert DiJiangConfig(window=8, cache_size=0).cache_size == 0
+    assert DiJiangConfig(window=0).cache_size == DiJiangConfig.window_only().cache_size == 0
+    with pytest.raises(ValueError, match="cache_size=64 is of keys that leave a window"):
+        DiJiangConfig().replace(window=0)
+
+
 def test_layers():
     assert DiJiangConfig().converts(7)
     some = DiJiangConfig(layers=[0, 2])
@@ -101,7 +110,7 @@ def test_layers():
 
 def test_per_layer():
     config = DiJiangConfig(per_layer={3: {"cache_size": 8}, 1: {"window": 32, "cache_size": 4}})
-    assert [config.at(i).cache_size for i in range(4)] == [0, 4, 0, 8]
+    assert [config.at(i).cache_size for i in range(4)] == [64, 4, 64, 8]
     assert [config.at(i).window for i in range(4)] == [64, 32, 64, 64]
     assert config.at(0) == DiJiangConfig()
     assert DiJiangConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

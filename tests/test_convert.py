@@ -93,10 +93,10 @@ def test_family(name, ids):
         DiJiangConfig.window_only(8, 2), NEAR_AND_FAR.replace(decay="head"),
         NEAR_AND_FAR.replace(decay="token"), NEAR_AND_FAR.replace(layers=[1]),
         NEAR_AND_FAR.replace(feature_map="elu"), NEAR_AND_FAR.replace(share_qk=True),
-        NEAR_AND_FAR.replace(window=0),
+        NEAR_AND_FAR.replace(window=0, cache_size=0), NEAR_AND_FAR.replace(cache_size=0),
     ],
     ids=["closed", "paper", "published", "window", "decay", "gated", "mixed", "elu", "shared",
-         "sinks"],
+         "sinks", "no hard keys"],
 )  # fmt: skip
 class TestEveryConfig:
     def test_split_anywhere(self, config, ids):
@@ -163,10 +163,12 @@ def test_packed_batches(ids):
         model(input_ids=ids, position_ids=positions, use_cache=True)
 
 
-def test_starts_as_window_and_sinks(ids):
+@pytest.mark.parametrize("cache_size", [0, 3])
+def test_starts_as_its_exact_keys(ids, cache_size):
     model = tiny_model(initializer_range=0.3)
-    window = logits(dijiang.convert(copy.deepcopy(model), DiJiangConfig.window_only(8, 2)), ids)
-    dijiang.convert(model, DiJiangConfig(window=8, sinks=2))
+    config = DiJiangConfig.window_only(8, 2, cache_size=cache_size)
+    window = logits(dijiang.convert(copy.deepcopy(model), config), ids)
+    dijiang.convert(model, DiJiangConfig(window=8, sinks=2, cache_size=cache_size))
     assert "closed" in model.dijiang_start
     torch.testing.assert_close(logits(model, ids), window, rtol=1e-4, atol=1e-4)
 
@@ -198,13 +200,13 @@ def test_calibration_is_never_worse_than_the_window(ids, cache_size):
 
 def test_layers_of_their_own(ids):
     """Each layer is what its own config says, as if it alone were asked."""
-    configs = [DiJiangConfig.window_only(8, 2, cache_size=5), DiJiangConfig(window=6, gate=-1.0)]
+    configs = [DiJiangConfig.window_only(8, 2, cache_size=5), DiJiangConfig(window=6, gate=-1.0, cache_size=3)]
     mixed = configs[0].replace(
         per_layer={1: {"feature_map": "learned_pm", "window": 6, "sinks": 4, "gate": -1.0,
-                       "cache_size": 0}}
+                       "cache_size": 3}}
     )  # fmt: skip
     model = dijiang.convert(tiny_model(initializer_range=0.3), mixed)
-    assert "and 0 to 5 hard keys" in model.dijiang_start
+    assert "and 3 to 5 hard keys" in model.dijiang_start
     for layer, config in enumerate(configs):
         whole = dijiang.convert(tiny_model(initializer_range=0.3), config)
         for of in (model, whole):  # the other layer gives the same in both
@@ -225,15 +227,16 @@ def test_calibrated_model_is_never_worse_than_the_window(ids):
 
     for seed in range(3):
         model = tiny_model(seed, initializer_range=0.3)
-        window = loss(dijiang.convert(copy.deepcopy(model), DiJiangConfig.window_only(8, 2)))
-        dijiang.convert(model, DiJiangConfig(window=8, sinks=2), calibration=ids)
+        exact = DiJiangConfig.window_only(8, 2, cache_size=3)
+        window = loss(dijiang.convert(copy.deepcopy(model), exact))
+        dijiang.convert(model, DiJiangConfig(window=8, sinks=2, cache_size=3), calibration=ids)
         assert loss(model) <= window + 1e-4
 
 
 def test_gate_moves_far_mass(ids):
     """Calibrated gates follow a shift of the features' own scale."""
     model = tiny_model(initializer_range=0.3)
-    dijiang.convert(model, DiJiangConfig(window=8, sinks=2))
+    dijiang.convert(model, DiJiangConfig(window=8, sinks=2, cache_size=0))
     dijiang.calibrate(model, ids, choose=False)
     kernel = model.model.layers[0].self_attn.dijiang
     before = kernel.gate.clone()

@@ -21,7 +21,7 @@ def plain(seed: int = 0, **overrides):
 def converted(seed: int = 0, **overrides):
     """Far keys open, so that they have a part in everything."""
     model = plain(seed)
-    settings = dict(window=WINDOW, sinks=SINKS, gate=0.0) | overrides
+    settings = dict(window=WINDOW, sinks=SINKS, cache_size=0, gate=0.0) | overrides
     return dijiang.convert(model, dijiang.DiJiangConfig(**settings))
 
 

@@ -10,7 +10,8 @@ from dijiang.modules import CLOSED, AttentionKernel
 
 CONFIGS = {
     "default": DiJiangConfig(window=4, sinks=1, gate=0.0),
-    "closed": DiJiangConfig(window=4, sinks=1),
+    "without hard keys": DiJiangConfig(window=4, sinks=1, gate=0.0, cache_size=0),
+    "closed": DiJiangConfig(window=4, sinks=1, cache_size=0),
     "paper": DiJiangConfig.paper(),
     "published": DiJiangConfig.published(),
     "per token": DiJiangConfig(window=4, sinks=0, gate=0.0, decay="token"),

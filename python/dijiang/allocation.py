@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .attention import NAME, kernel_mode
 from .config import DiJiangConfig
-from .conversion import as_batch, convert, is_converted, restore
+from .conversion import as_batch, convert, is_converted, only_last_logits, restore
 from .divergence import kl_divergence
-from .evaluate import attention_errors
 from .modules import AttentionKernel
 
 #: Cache sizes a layer may get, as multiples of the mean; none is the first.
@@ -34,8 +33,7 @@ def spread_hard_keys(
     Args:
         model: a softmax model, as convert takes it; unchanged afterwards.
         ids: token ids (batch, seqlen) or (seqlen,), rows as long as the contexts it will serve:
-            4,096 tokens in all are enough. They are read once for each of eight sizes; 1,024 of
-            them once for each layer.
+            4,096 tokens in all are enough. They are read once, 1,024 of them once for each layer.
         config: what to convert to; its ``cache_size`` becomes the mean over the layers.
         progress: called with (forwards done, forwards in all).
 
@@ -70,8 +68,11 @@ def spread_hard_keys(
         layer: {name: own[name] for name in ("window", "sinks") if name in own}
         for layer, own in config.per_layer.items()
     }
-    exact = dict(window=config.window, sinks=config.sinks, layers=config.layers)
-    convert(model.eval(), DiJiangConfig(feature_map=None, per_layer=windows, **exact))
+    exact = dict(
+        feature_map=None, window=config.window, sinks=config.sinks, cache_size=0,
+        layers=config.layers, per_layer=windows,
+    )  # fmt: skip
+    convert(model.eval(), DiJiangConfig(**exact))
     try:
         return _spread(model, ids, config, progress)
     finally:
@@ -90,7 +91,7 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
     mean = config.cache_size
     sizes = sorted({int(mean * multiple) for multiple in MULTIPLES})
     few = ids[:1, : max(WEIGHED, 2 * near)]
-    steps, done = len(sizes) + len(kernels) + 2, 0
+    steps, done = ids.shape[0] + len(kernels) + 2, 0
 
     def advance():
         nonlocal done
@@ -98,29 +99,28 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
         if progress is not None:
             progress(done, steps)
 
-    def set_sizes(size):
-        for kernel in kernels.values():
-            kernel.config = kernel.config.replace(cache_size=size)
-
-    def errors(rows) -> list[float]:
-        """Of each layer's output, relative."""
-        found = {one.layer: one.error for one in attention_errors(model, rows)}
-        advance()
-        return [found[layer] for layer in kernels]
-
-    by_size = []
-    for size in sizes:
-        set_sizes(size)
-        by_size.append(errors(ids))
-    set_sizes(0)
-    weights = _weights(model, kernels.values(), few, errors(few), advance)
-    by_layer = zip(*by_size, strict=True)
-    losses = [[weight * e for e in row] for weight, row in zip(weights, by_layer, strict=True)]
+    errors = _errors_by_size(model, kernels.values(), ids, sizes, advance)
+    alone = _errors_by_size(model, kernels.values(), few, (0,), advance)
+    weights = _weights(model, kernels.values(), few, [one for (one,) in alone], advance)
+    losses = [[weight * e for e in row] for weight, row in zip(weights, errors, strict=True)]
     chosen = best_sizes(sizes, losses, mean)
     per_layer = {layer: dict(own) for layer, own in config.per_layer.items()}
     for layer, size in zip(kernels, chosen, strict=True):
         per_layer.setdefault(layer, {})["cache_size"] = size
     return config.replace(per_layer=per_layer)
+
+
+def _errors_by_size(model, kernels, ids: Tensor, sizes, advance) -> list[list[float]]:
+    """Of each layer's output with each cache size, relative, the layers before it exact."""
+    sums = 0
+    with kernel_mode(model, "compare"):
+        for kernel in kernels:
+            kernel.compared = tuple(sizes)
+        for row in ids.split(1):
+            model(input_ids=row, use_cache=False, **only_last_logits(model))
+            sums = sums + torch.stack([kernel.loss.double().sum(1) for kernel in kernels])
+            advance()
+    return (sums[:, :-1] / sums[:, -1:].clamp_min(torch.finfo(sums.dtype).tiny)).tolist()
 
 
 def _weights(model, kernels, ids: Tensor, errors, advance) -> list[float]:

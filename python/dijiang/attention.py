@@ -175,7 +175,8 @@ def kernel_mode(model, mode: str):
       output's squared error, relative to the mean square of softmax attention's.
     - "calibrate": hands softmax attention's output on, and sets the gate by it.
     - "compare": hands softmax attention's output on, and leaves in ``kernel.loss``, (2, heads), the
-      sums of squares of its own output's error and of softmax attention's output.
+      sums of squares of its own output's error and of softmax attention's output. Where
+      ``kernel.compared`` has cache sizes, its errors with each of them: (sizes + 1, heads).
     """
     kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
     for kernel in kernels:
@@ -184,7 +185,7 @@ def kernel_mode(model, mode: str):
         yield kernels
     finally:
         for kernel in kernels:
-            kernel.mode, kernel.loss = "student", None
+            kernel.mode, kernel.loss, kernel.compared = "student", None, ()
 
 
 def _kernelized(module, query, key, value, scaling, *, seq_bounds=None, padding=None, cu=None):
@@ -219,10 +220,16 @@ def _kernelized(module, query, key, value, scaling, *, seq_bounds=None, padding=
         calibrate_gate(kernel, query, key, value, teacher, seq_bounds)
         return teacher
     if kernel.mode == "compare":
-        with torch.no_grad():
-            student = kernel(query, key, value, hidden=hidden, **layout)
-            error = (student.float() - teacher.float()).square().sum((0, 2, 3))
-            kernel.loss = torch.stack([error, teacher.float().square().sum((0, 2, 3))])
+        own, squares = kernel.config, []
+        try:
+            for size in kernel.compared or (own.cache_size,):
+                kernel.config = own.replace(cache_size=size)
+                with torch.no_grad():
+                    student = kernel(query, key, value, hidden=hidden, **layout)
+                squares.append((student.float() - teacher.float()).square().sum((0, 2, 3)))
+        finally:
+            kernel.config = own
+        kernel.loss = torch.stack([*squares, teacher.float().square().sum((0, 2, 3))])
         return teacher
     with torch.enable_grad():
         query, key, value = query.detach(), key.detach(), value.detach()

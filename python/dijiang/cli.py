@@ -173,7 +173,8 @@ else:
         if spread:
             config = _spread(student, config, rows, console)
         with console.stage("converting"):
-            convert_model(student, config, calibration=rows if calibrate else None)
+            rows = rows if calibrate else None
+            convert_model(student, config, calibration=rows, spread=False)  # it is already
         _save(student, tokenizer, out)
         result = {"out": str(out), "start": student.dijiang_start, "config": config.to_dict()}
         _print(result, as_json, f"{out}: starts from {student.dijiang_start}")

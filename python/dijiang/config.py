@@ -58,8 +58,8 @@ class DiJiangConfig:
     window: int = 64
     sinks: int = 4
     #: Hard keys: how many of those that leave the window stay exact, a kv head, chosen anew at
-    #: every block (docs/numerics.md). Needs a window.
-    cache_size: int = 0
+    #: every block (docs/numerics.md). None: as many as the window has.
+    cache_size: int | None = None
     #: Log-weight of the far keys at the start. "auto": 0 without near keys; with them closed (the
     #: far keys weigh nothing) until calibrated on text. See convert.
     gate: float | str = "auto"
@@ -89,6 +89,8 @@ class DiJiangConfig:
                 )
         for name in ("random_signs", "share_qk", "normalize", "group_norm", "output_gate"):
             _check_type(name, getattr(self, name), bool)
+        if self.cache_size is None:
+            object.__setattr__(self, "cache_size", self.window)
         for name, least in (("window", 0), ("sinks", 0), ("cache_size", 0), ("seed", 0)):
             _check_int(name, getattr(self, name), least)
         if self.num_features is not None:
@@ -204,8 +206,9 @@ class DiJiangConfig:
 
     @classmethod
     def window_only(cls, window: int = 64, sinks: int = 4, **overrides) -> DiJiangConfig:
-        """The training-free model to compare with: window and sinks, no far keys."""
-        return cls(feature_map=None, window=window, sinks=sinks, **overrides)
+        """The training-free model to compare with: window and sinks, and no other key."""
+        settings = dict(feature_map=None, window=window, sinks=sinks, cache_size=0)
+        return cls(**(settings | overrides))
 
     def replace(self, **changes) -> DiJiangConfig:
         """A copy with some fields changed, checked again."""

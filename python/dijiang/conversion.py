@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +35,19 @@ class ConversionError(ValueError):
 
 
 def convert(
-    model: PreTrainedModel, config: DiJiangConfig | None = None, *, calibration=None
-) -> PreTrainedModel:
+    model: PreTrainedModel, config: DiJiangConfig | None = None, *, calibration=None,
+    spread: bool = True, progress: Callable[[int, int], None] | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Replaces softmax attention by linear attention, in place; returns the model.
 
     Works on every causal language model of transformers that dispatches through
     AttentionInterface. Parameter names of the base model stay; new parameters hang under each
     attention module as ``self_attn.dijiang.*``, in float32.
 
-    With a window or sinks the far keys start closed: the model is exactly its own window-and-sinks
-    one. Give ``calibration`` to start from the better of that and of far keys whose share of the
-    attention follows the softmax's, head by head (see calibrate); distill does so by itself.
+    With a window or sinks the far keys start closed: the model is exactly that of its near and hard
+    keys. Give ``calibration`` to have the hard keys in the layers that need them
+    (spread_hard_keys), and far keys whose share of the attention follows the softmax's, head by
+    head, where that is better than leaving them closed (calibrate).
     ``model.dijiang_start`` says in words what the model started from.
 
     Args:
@@ -53,8 +55,13 @@ def convert(
         config: what to convert to; None: the defaults of DiJiangConfig.
         calibration: token ids to calibrate on: a tensor (batch, seqlen), or a list of lists; two
             rows as long as the contexts it will serve are enough.
+        spread: False: as many hard keys in each layer. So it is, too, where ``config.per_layer``
+            has cache sizes of its own.
+        progress: called with (forwards done, forwards in all) while the hard keys are spread, the
+            longest part.
 
     Raises:
+        ValueError: the calibration's rows are too short to have far keys.
         ConversionError: the model is converted already, its class does not dispatch through
             AttentionInterface, or its attention does more than softmax(q k^T scale) v. The model is
             unchanged.
@@ -67,6 +74,11 @@ def convert(
     config = DiJiangConfig() if config is None else config
     if not isinstance(config, DiJiangConfig):
         raise TypeError(f"convert: config must be a DiJiangConfig, got {type(config).__name__}")
+    sized = any("cache_size" in own for own in config.per_layer.values())
+    if calibration is not None and spread and config.cache_size and not sized:
+        from .allocation import spread_hard_keys  # here: it converts by this very function
+
+        config = spread_hard_keys(model, calibration, config, progress=progress)
     calls = _probe(model)
     named = {"layers": () if config.layers == "all" else config.layers}
     named["per_layer"] = tuple(config.per_layer)

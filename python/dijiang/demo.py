@@ -76,7 +76,7 @@ def students(config: DiJiangConfig, length: int) -> list[Student]:
     """The model of `config`; where that has near keys too, also one of its far keys alone."""
     if not (config.has_near and config.has_far):
         return [Student(config, CONVERTED, DISTILLED, "model", length, 1.0)]
-    alone = config.replace(window=0, sinks=0)
+    alone = config.replace(window=0, sinks=0, cache_size=0)
     return [
         Student(config, CONVERTED, DISTILLED, "model", length, 0.6),
         # So far from the teacher more steps are worth more than longer rows.
@@ -192,12 +192,13 @@ class _Demo:
 
     def _converted(self, config: DiJiangConfig):
         model = copy.deepcopy(self.teacher)
-        if not (config.has_near and config.has_far):
+        if not config.has_near or config == self.window_config:
             return convert(model, config)
-        with self.reporter.stage("calibrating the far keys"):
+        with self.reporter.stage("spreading hard keys, calibrating far keys") as progress:
             # On training text, in rows as long as the longest measured.
             length = max(*self.settings.lengths, self.settings.train_length)
-            return convert(model, config, calibration=self.train_blocks(length)[:2])
+            rows = self.train_blocks(length)[:2]
+            return convert(model, config, calibration=rows, progress=progress)
 
     @cached_property
     def prose(self) -> torch.Tensor:

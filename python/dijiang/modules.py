@@ -50,6 +50,7 @@ class AttentionKernel(nn.Module):
         # Set from outside for the length of a forward: see attention.py.
         self.mode = "student"
         self.cache_layer = self.hidden = self.loss = self.calibration = None
+        self.compared: tuple[int, ...] = ()
         self._kept = None  # see _kept_feature_params
 
         self.features_q = self.features_k = self.gate = None
