@@ -67,6 +67,7 @@ class Recipe:
     spread: bool = False  # the hard keys over the layers
     calibrate: bool = False
     heavy_hitters: bool = False  # in the place of our hard keys
+    own_text: bool = False  # spread on what the teacher writes itself
     train: Mapping[str, Any] = field(default_factory=dict)  # distill's arguments; none: untrained
     note: str = ""
 
@@ -85,6 +86,9 @@ RECIPES: dict[str, Recipe] = {
     "hard 64": Recipe(exact(cache_size=64), note="no far keys"),
     "hard 64, far, transfer": Recipe(DiJiangConfig(cache_size=64), train=TRANSFER),
     "hard 64, spread": Recipe(exact(cache_size=64), spread=True, note="64 a layer in the mean"),
+    "hard 64, spread, own text": Recipe(
+        exact(cache_size=64), spread=True, own_text=True, note="what the teacher writes itself"
+    ),
     "hard 64, spread, trained": Recipe(exact(cache_size=64), spread=True, train=TRAINED),
     "hard 64, spread, trained long": Recipe(exact(cache_size=64), spread=True, train=LONG),
     "hard 64, spread, far, transfer": Recipe(
@@ -123,7 +127,10 @@ class Bench:
         if config is not None:
             begin = time.monotonic()
             rows = CALIBRATION | self.sizes.train
-            rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
+            if recipe.own_text:
+                rows = data.written_by(self.base, 2, rows["length"] // 2)
+            else:
+                rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
             if recipe.spread:
                 config = spread_hard_keys(self.base, rows, config)
                 training["calibration"] = rows.numel()
@@ -224,7 +231,10 @@ def language(rows: Mapping[str, dict]) -> str:
                     closed = evaluate.gap_closed(best, worst, one["perplexity"])
                     cell += f" ({100 * closed:.0f} %)"
             cells.append(cell)
-        cells += [f"{measured['kl']:.3f}", f"{100 * measured['top1']:.0f} %"]
+        kl = f"{measured['kl']:.3f}"
+        if all(ends) and name not in ("teacher", "window"):
+            kl += f" ({100 * (1 - measured['kl'] / ends[1]['measured']['kl']):.0f} %)"
+        cells += [kl, f"{100 * measured['top1']:.0f} %"]
         lines.append(cells)
     return table(header, lines)
 

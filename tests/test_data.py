@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from dijiang import data
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +156,46 @@ def test_pack_too_short(tokenizer):
         data.pack(["short"], tokenizer, 4096, name="mine")
     with pytest.raises(data.DataError, match="at least 2 tokens, got 1"):
         data.pack(["short"], tokenizer, 1)
+
+
+def writer(seed=0):
+    model = tiny_model(seed, initializer_range=0.3).train()
+    model.generation_config.bos_token_id = 1
+    return model
+
+
+def test_written_by_is_the_models_own_distribution():
+    """Surprises it no more than its own entropy says, and less than anybody else."""
+    model, steps = writer(), []
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    ids = data.written_by(model, 5, 40, batch_size=2, progress=lambda *at: steps.append(at))
+    assert torch.equal(torch.rand(1), expected) and model.training
+    assert ids.shape == (5, 40) and ids.dtype == torch.int64 and set(ids[:, 0].tolist()) == {1}
+    assert steps[-1] == (200, 200) and steps == sorted(steps)
+    assert len({tuple(row) for row in ids.tolist()}) == 5
+
+    @torch.no_grad()
+    def losses(model):
+        p = model.eval()(ids).logits[:, :-1].log_softmax(-1)
+        surprise = -p.gather(-1, ids[:, 1:, None])[..., 0]
+        return surprise.mean().item(), -(p.exp() * p).sum(-1).mean().item()
+
+    surprise, entropy = losses(model)
+    assert surprise == pytest.approx(entropy, abs=0.35)
+    assert losses(writer(1))[0] > surprise + 1
+
+    assert torch.equal(data.written_by(model, 5, 40, batch_size=2), ids)
+    assert not torch.equal(data.written_by(model, 5, 40, batch_size=2, seed=1), ids)
+
+
+def test_written_by_refuses():
+    model = writer()
+    with pytest.raises(data.DataError, match="rows=0"):
+        data.written_by(model, 0, 8)
+    with pytest.raises(data.DataError, match="temperature must be above 0, got 0"):
+        data.written_by(model, 1, 8, temperature=0)
+    model.generation_config.bos_token_id = None
+    with pytest.raises(data.DataError, match="bos_token_id"):
+        data.written_by(model, 1, 8)

@@ -51,6 +51,16 @@ def test_trains(name):
         assert not without_gradient
 
 
+@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("window", [0, 64])
+def test_decay_starts_as_retnets(decay, window):
+    config = DiJiangConfig(window=window, decay=decay)
+    kernel = AttentionKernel(config, heads=4, kv_heads=2, headdim=8, hidden_size=16)
+    rate = kernel.log_decay(torch.randn(1, 1, 16)).detach().flatten()
+    lost = torch.tensor([1 / 32, 1 / 512]) / max(window, 1)
+    torch.testing.assert_close(rate, torch.log1p(-lost), rtol=1e-3, atol=0)
+
+
 def test_padding_and_packing():
     layer, x = layer_of(CONFIGS["default"]), torch.randn(2, 14, 32)
     with torch.no_grad():

@@ -64,7 +64,8 @@ class DiJiangConfig:
     #: far keys weigh nothing) until calibrated on text. See convert.
     gate: float | str = "auto"
     #: Forgetting of far keys: None, "head" (a constant a head), "token" (computed from the hidden
-    #: state, a token and head).
+    #: state, a token and head). It starts as RetNet's: from head to head 1/32 to 1/512 is lost, a
+    #: token without a window, a window's length with one.
     decay: str | None = None
     #: Divide by the sum of weights. False is the paper's eq. 13.
     normalize: bool = True

@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import html.parser
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,72 @@ def cut(
     if blocks is not None:
         count = min(count, blocks)
     return tokens[: count * length].view(count, length)
+
+
+@torch.no_grad()
+def written_by(
+    model, rows: int, length: int, *, batch_size: int = 8, temperature: float = 1.0, seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Token ids that a model writes itself, for converting it where there is no text at hand.
+
+    Each row is sampled from the model's whole distribution, p(t) = softmax(logits / temperature),
+    from its first token on, without an end.
+
+    Args:
+        model: a transformers causal language model, as it is before convert.
+        rows, length: how many, and of how many tokens each.
+        batch_size: rows written at a time.
+        seed: of the sampling; torch's own generator is left as it was.
+        progress: called with (tokens written, tokens in all).
+
+    Returns:
+        int64 (rows, length) on the CPU, as convert's calibration and distill take them.
+
+    Raises:
+        DataError: the model has no first token, or a count is too small.
+
+    >>> ids = data.written_by(model, 2, 2048)                                  # doctest: +SKIP
+    >>> dijiang.convert(model, calibration=ids)                                # doctest: +SKIP
+    """
+    if rows < 1 or length < 2 or batch_size < 1:
+        raise DataError(
+            "written_by: needs at least one row of two tokens and a batch of one, got "
+            f"rows={rows}, length={length}, batch_size={batch_size}"
+        )
+    if not temperature > 0:
+        raise DataError(f"written_by: temperature must be above 0, got {temperature}")
+    settings = model.generation_config
+    first = settings.bos_token_id
+    if first is None:
+        raise DataError(
+            "written_by: the model has no first token. Set model.generation_config.bos_token_id"
+        )
+    done = []
+
+    def count(ids, scores, **kwargs):
+        if progress is not None:
+            progress(len(done) * batch_size * length + ids.numel(), rows * length)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for begin in range(0, rows, batch_size):
+                start = torch.full((min(batch_size, rows - begin), 1), first, device=model.device)
+                out = model.generate(
+                    start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0,
+                    top_p=1.0, temperature=temperature, repetition_penalty=1.0,
+                    min_new_tokens=length - 1, max_new_tokens=length - 1,
+                    pad_token_id=settings.pad_token_id or 0, stopping_criteria=[count],
+                )  # fmt: skip
+                done.append(out.cpu())
+    finally:
+        model.train(training)
+    return torch.cat(done)
 
 
 def _read(source: str | Path | None) -> tuple[str, list[str]]:

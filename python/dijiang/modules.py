@@ -67,8 +67,10 @@ class AttentionKernel(nn.Module):
                 gate = CLOSED if config.gate == "auto" else config.gate
                 self.gate = nn.Parameter(torch.full((heads,), float(gate)))
 
-        # log(gamma / (1 - gamma)) for RetNet's gamma, 1 - 1/32 to 1 - 1/512 from head to head.
+        # log(gamma / (1 - gamma)) for RetNet's gamma, 1 - 1/32 to 1 - 1/512 from head to head. Far
+        # keys are a window away at least: with one it is what a window, not a token, takes away.
         forget = torch.linspace(math.log(1 / 32), math.log(1 / 512), kv_heads).exp()
+        forget = forget / max(config.window, 1)
         self.decay = self.decay_token = None
         if config.decay == "head":
             self.decay = nn.Parameter(torch.log((1 - forget) / forget))
