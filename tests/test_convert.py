@@ -200,7 +200,10 @@ def test_calibration_is_never_worse_than_the_window(ids, cache_size):
 
 def test_layers_of_their_own(ids):
     """Each layer is what its own config says, as if it alone were asked."""
-    configs = [DiJiangConfig.window_only(8, 2, cache_size=5), DiJiangConfig(window=6, gate=-1.0, cache_size=3)]
+    configs = [
+        DiJiangConfig.window_only(8, 2, cache_size=5),
+        DiJiangConfig(window=6, gate=-1.0, cache_size=3),
+    ]
     mixed = configs[0].replace(
         per_layer={1: {"feature_map": "learned_pm", "window": 6, "sinks": 4, "gate": -1.0,
                        "cache_size": 3}}

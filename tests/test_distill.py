@@ -77,9 +77,8 @@ def test_attention_transfer_lowers_its_loss_and_moves_only_kernels(ids):
 
 def test_stages_divide_the_tokens_by_what_the_model_keeps(ids):
     """KL alone with near keys, transfer first without: the data once."""
-    near, alone = (
-        distill(student(config), ids[:8]) for config in (CONFIG, CONFIG.replace(window=0, sinks=0, cache_size=0))
-    )
+    far = CONFIG.replace(window=0, sinks=0, cache_size=0)
+    near, alone = (distill(student(config), ids[:8]) for config in (CONFIG, far))
     assert near.losses() == [] and len(near.losses("lm")) == 4
     assert (len(alone.losses()), len(alone.losses("lm"))) == (1, 3)
     assert near.tokens == alone.tokens == ids[:8].numel()

@@ -13,6 +13,7 @@ from attention_cases import (
     one_thread,  # noqa: F401
 )
 from dijiang import reference
+from dijiang.ops import FeatureParams
 
 EXACT = 1e-12
 SEQLEN = 37
@@ -93,7 +94,7 @@ def test_positive_features_estimate_the_exponential():
     torch.manual_seed(0)
     d, m = 4, 200_000
     omega = torch.randn(1, m, d, dtype=torch.float64)
-    params = reference.FeatureParams(omega, None, torch.full((1,), 0.5, dtype=torch.float64))
+    params = FeatureParams(omega, None, torch.full((1,), 0.5, dtype=torch.float64))
     q, k = 0.3 * torch.randn(2, 1, 8, d, dtype=torch.float64)  # small: variance ~ exp(|q + k|^2)
     phi_q, phi_k = (reference.feature_map(x[None], params) for x in (q, k))
     assert error(phi_q @ phi_k.mT / m, (q @ k.mT).exp()[None]) < 0.02
