@@ -288,6 +288,26 @@ def draw(rows: Mapping[str, dict], path: Path) -> None:
     )  # fmt: skip
 
 
+def draw_training(rows: Mapping[str, dict], path: Path) -> None:
+    """KL to the teacher on the rows trained on, each seen once: the mean of eight steps."""
+    from dijiang import plots
+
+    series = {}
+    for name, row in rows.items():
+        losses, tokens = row["training"].get("losses", ()), row["training"].get("tokens")
+        if "transfer_tokens" in row["train"] or len(losses) < 8:
+            continue
+        series[name] = [
+            (tokens * (i + 8) / len(losses), sum(losses[i : i + 8]) / 8)
+            for i in range(len(losses) - 7)
+        ]
+    if series:
+        plots.lines(
+            series, path, title="Training by KL to the teacher", xlabel="tokens",
+            ylabel="KL, nats a token",
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
@@ -313,6 +333,7 @@ def main() -> None:
     done = results(options.out)
     if {"teacher", "window"} <= set(done):
         draw(done, options.out / "quality.png")
+    draw_training(done, options.out / "quality_training.png")
     missing = [name for name in RECIPES if name not in done]
     print(summary(done) if done else "no results yet")
     print(f"\nno result yet: {'; '.join(missing) or 'none missing'}")

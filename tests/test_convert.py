@@ -188,7 +188,8 @@ def test_calibration_is_never_worse_than_the_window(ids, cache_size):
     window = errors(dijiang.convert(tiny_model(initializer_range=0.3), exact))
     model = dijiang.convert(tiny_model(initializer_range=0.3), config)
     dijiang.calibrate(model, ids, choose=False)
-    assert "calibrated on 80 tokens" in model.dijiang_start
+    hard = f", sinks and {cache_size} hard keys" if cache_size else " and sinks"
+    assert f"window{hard}, and far keys calibrated on 80 tokens: " in model.dijiang_start
     calibrated = errors(model)
     assert all(c <= w * (1 + 1e-4) for c, w in zip(calibrated, window, strict=True))
     assert sum(calibrated) < 0.95 * sum(window) or cache_size == 40
@@ -390,11 +391,17 @@ class TestRefusals:
         with pytest.raises(TypeError, match="token ids"):
             dijiang.calibrate(model, torch.randn(2, 40))
 
-    def test_failed_calibration_names_the_cause_and_leaves_a_whole_model(self, ids):
+    @pytest.mark.parametrize(
+        ("cache_size", "says"), [(0, "calibrate: .* no far keys"), (8, "no keys beyond the window")]
+    )
+    def test_failed_calibration_names_the_cause_and_leaves_a_whole_model(
+        self, ids, cache_size, says
+    ):
         model = tiny_model()
         teacher = logits(model, ids)
-        with pytest.raises(ValueError, match="no far keys"):
-            dijiang.convert(model, DiJiangConfig(window=64), calibration=ids)
+        config = DiJiangConfig(window=64, cache_size=cache_size)
+        with pytest.raises(ValueError, match=says):
+            dijiang.convert(model, config, calibration=ids)
         assert not dijiang.is_converted(model)
         assert torch.equal(logits(model, ids), teacher)
 

@@ -177,8 +177,8 @@ def calibrate(
     heads = sum(kernel.heads for kernel in kernels)
     opened = sum(int((kernel.gate > CLOSED / 2).sum()) for kernel in kernels)
     model.dijiang_start = (
-        f"window, sinks and far keys calibrated on {ids.numel()} tokens: {opened} of {heads} heads "
-        "open"
+        f"{_exact_keys([kernel.config for kernel in _kernels(model)])}, and far keys calibrated on "
+        f"{ids.numel()} tokens: {opened} of {heads} heads open"
     )
     return model
 
@@ -345,19 +345,23 @@ def _check_convertible(model) -> None:
 
 def _start(configs: list[DiJiangConfig]) -> str:
     """What a model of these layers starts from, in words."""
-    sizes = [config.cache_size for config in configs]
-    least, most = min(sizes), max(sizes)
-    hard = f" and {most if least == most else f'{least} to {most}'} hard keys" if most else ""
-    gates = sorted({config.gate for config in configs if config.gate != "auto"})
-    if not any(config.has_far for config in configs):
-        return f"window and sinks{hard} alone: there are no far keys"
     if not all(config.has_near for config in configs):
         return "far keys alone, untrained features: expect little before distill"
+    exact = _exact_keys(configs)
+    if not any(config.has_far for config in configs):
+        return f"{exact} alone: there are no far keys"
+    gates = sorted({config.gate for config in configs if config.gate != "auto"})
     if gates:
-        return (
-            f"window, sinks{hard} and far keys of log-weight {', '.join(f'{g:g}' for g in gates)}"
-        )
-    return f"window and sinks{hard} alone: the far keys are closed until calibrate or distill"
+        return f"{exact}, and far keys of log-weight {', '.join(f'{g:g}' for g in gates)}"
+    return f"{exact} alone: the far keys are closed until calibrate or distill"
+
+
+def _exact_keys(configs: list[DiJiangConfig]) -> str:
+    sizes = [config.cache_size for config in configs]
+    least, most = min(sizes), max(sizes)
+    if not most:
+        return "window and sinks"
+    return f"window, sinks and {most if least == most else f'{least} to {most}'} hard keys"
 
 
 def _kernel(call: _Call, config: DiJiangConfig, hidden_size: int) -> AttentionKernel:
