@@ -50,7 +50,7 @@ class Sizes:
 
 
 FULL = Sizes({1024: 8, 2048: 4, 8192: 2}, 1024, (400, 1500, 3000), 8)
-QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 256, "length": 256})
+QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 512, "length": 512})
 CALIBRATION = {"length": 4096, "rows": 1}
 # Attention's own weights learn by KL to the teacher.
 TRAINED = {"tokens": 32768, "length": 2048}
@@ -80,8 +80,8 @@ def exact(**options) -> DiJiangConfig:
 RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(note="softmax attention"),
     "window": Recipe(exact(), note="64 + 4 sinks"),
-    "window, far": Recipe(DiJiangConfig(), calibrate=True, note="far keys calibrated"),
-    "window, far, transfer": Recipe(DiJiangConfig(), train=TRANSFER),
+    "window, far": Recipe(DiJiangConfig(cache_size=0), calibrate=True, note="calibrated"),
+    "window, far, transfer": Recipe(DiJiangConfig(cache_size=0), train=TRANSFER),
     "heavy hitters 64": Recipe(exact(cache_size=64), heavy_hitters=True, note="H2O's rule"),
     "hard 64": Recipe(exact(cache_size=64), note="no far keys"),
     "hard 64, far, transfer": Recipe(DiJiangConfig(cache_size=64), train=TRANSFER),

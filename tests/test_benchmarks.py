@@ -104,7 +104,7 @@ def test_quality(tmp_path, model_and_text):
     command = [
         sys.executable, BENCHMARKS / "quality.py", "--quick", "--out", tmp_path, "--threads", "2",
         *model_and_text, "--run", "teacher", "window", "heavy hitters 64",
-        "hard 64, spread, trained", "hard 64, far, transfer",
+        "hard 64, spread, trained", "hard 64, far, transfer", "hard 64, spread, own text",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -113,10 +113,11 @@ def test_quality(tmp_path, model_and_text):
     }
     assert set(rows) == {
         "teacher", "window", "heavy-hitters-64", "hard-64_spread_trained", "hard-64_far_transfer",
+        "hard-64_spread_own-text",
     }  # fmt: skip
     assert rows["teacher"]["measured"]["kl"] < 1e-6
     trained = rows["hard-64_spread_trained"]
-    assert trained["config"]["cache_size"] == 64 and trained["training"]["tokens"] == 256
+    assert trained["config"]["cache_size"] == 64 and trained["training"]["tokens"] == 512
     assert trained["config"]["per_layer"]
     assert rows["heavy-hitters-64"]["state_bytes"] > rows["window"]["state_bytes"]
     # A window of 64 + 64 sees all of 64 tokens.
@@ -128,6 +129,23 @@ def test_quality(tmp_path, model_and_text):
         )  # fmt: skip
         assert (abs(teacher - window) < 1e-3 * teacher) == equal
     assert f"{trained['measured']['kl']:.3f}" in done.stdout
+
+
+def test_training_curves(bench, tmp_path, monkeypatch):
+    """Means of eight steps, at the tokens after the last of them; transfer is another loss."""
+    from dijiang import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "lines", lambda series, path, **words: drawn.append(series))
+    training = {"losses": [float(i) for i in range(10)], "tokens": 100}
+    rows = {
+        "kl": {"training": training, "train": {"tokens": 100}},
+        "short": {"training": training | {"losses": [1.0] * 7}, "train": {}},
+        "transfer": {"training": training, "train": {"transfer_tokens": 100}},
+        "untrained": {"training": {}, "train": {}},
+    }
+    bench.quality.draw_training(rows, tmp_path / "x.png")
+    assert drawn == [{"kl": [(80, 3.5), (90, 4.5), (100, 5.5)]}]
 
 
 @pytest.mark.parametrize("size", [3, 100])
