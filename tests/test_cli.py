@@ -121,6 +121,23 @@ def test_convert_then_eval_generate_bench(run, folder, text, tmp_path):
     assert code == 0, err
     assert out.startswith("Note 3")
 
+    notes, state = tmp_path / "notes.txt", tmp_path / "notes.safetensors"
+    notes.write_text("Note 1 says that 3 is 1 times 3. " * 20)
+    code, out, err = run("read", notes, "--model", out_folder, "--out", state, "--json")
+    assert code == 0, err
+    assert json.loads(out)["bytes"] == state.stat().st_size
+    prompt = "Note 3"
+    code, whole, err = run(
+        "generate", "--model", out_folder, notes.read_text() + prompt, "--max-new-tokens", 9
+    )
+    code, out, err = run(
+        "generate", "--model", out_folder, "--state", state, prompt, "--max-new-tokens", 9
+    )
+    assert code == 0, err
+    assert whole == notes.read_text() + out
+    code, out, err = run("generate", "--model", folder, "--state", state, prompt)
+    assert code == 2 and "not converted" in err
+
     code, out, err = run("bench", "--model", folder, "--contexts", "64,128", "--steps", 2, "--json")
     assert code == 0, err
     decode = json.loads(out)["decode"]

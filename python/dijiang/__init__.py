@@ -21,7 +21,11 @@ _NAMES = {
     "from_pretrained": "hub",
     "is_converted": "conversion",
     "load_base": "hub",
+    "load_state": "states",
+    "prefill": "states",
     "restore": "conversion",
+    "resume": "states",
+    "save_state": "states",
     "softmax_mode": "conversion",
     "spread_hard_keys": "allocation",
 }

@@ -365,6 +365,10 @@ else:
         max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
         temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
         seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+        state: Annotated[
+            Path | None,
+            typer.Option(help="What stands before the prompt: a file of `dijiang read`."),
+        ] = None,
         as_json: Json = False,
     ):
         """Continue a prompt.
@@ -384,8 +388,37 @@ else:
         net, tokenizer = _load(model, console)
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature} if temperature else {}
+        if state is not None:
+            from .states import load_state
+
+            options["cache"] = load_state(state, net)
         made = measure.generate(net, tokenizer, prompt, max_new_tokens=max_new_tokens, **options)
         _print(dataclasses.asdict(made), as_json, prompt + made.text)
+
+    @app.command()
+    def read(
+        text: Annotated[Path, typer.Argument(help="Text file.")],
+        out: Annotated[Path, typer.Option(help="State file to write.")],
+        model: Model = None,
+        as_json: Json = False,
+    ):
+        """Let a converted model read a text and keep its state in a file of constant size.
+
+        Example: `dijiang read book.txt --model student --out book.safetensors`, and then
+        `dijiang generate --model student --state book.safetensors "In short,"`
+        """
+        from .states import prefill, save_state
+
+        console = _terminal(as_json)
+        net, tokenizer = _load(model, console)
+        words = text.read_text()
+        ids = tokenizer(words, return_tensors="pt", verbose=False)["input_ids"]
+        with console.stage(f"reading {text}") as progress:
+            cache = prefill(net, ids, progress=progress)
+        path = save_state(cache, out, net)
+        size = path.stat().st_size
+        result = {"out": str(path), "tokens": ids.numel(), "bytes": size}
+        _print(result, as_json, f"{path}: {ids.numel()} tokens in {size / 2**20:.1f} MiB")
 
     @app.command()
     def bench(

@@ -126,7 +126,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     The weights of the base model are left as they are: if they were not trained since convert, the
     model is bit for bit what it was.
     """
-    _check_converted(model, "restore")
+    check_converted(model, "restore")
     for handle in model._dijiang_handles:
         handle.remove()
     for module in list(model.modules()):
@@ -150,7 +150,7 @@ def calibrate(
     sinks. Give rows as long as the contexts it will serve: gates found on short ones let the far
     keys of long ones weigh too much.
     """
-    _check_converted(model, "calibrate")
+    check_converted(model, "calibrate")
     ids = as_batch(ids, "calibrate").to(model.device)
     kernels = [kernel for kernel in _kernels(model) if kernel.gate is not None]
     if not kernels:
@@ -207,7 +207,7 @@ def _choose_gates(model, kernels, ids: Tensor, batch_size: int) -> None:
 @contextlib.contextmanager
 def softmax_mode(model: PreTrainedModel):
     """Within: the converted model attends by softmax, as its own teacher."""
-    _check_converted(model, "softmax_mode")
+    check_converted(model, "softmax_mode")
     _set_attention(model, model._dijiang_softmax)
     try:
         yield model
@@ -459,7 +459,7 @@ def _kernels(model) -> list[AttentionKernel]:
     return [module for module in model.modules() if isinstance(module, AttentionKernel)]
 
 
-def _check_converted(model, what: str) -> None:
+def check_converted(model, what: str) -> None:
     if not is_converted(model):
         raise ValueError(
             f"{what}: this {type(model).__name__} is not converted. "

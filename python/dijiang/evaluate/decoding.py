@@ -93,21 +93,31 @@ def decode_speed(
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 64, **options
+    model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 64, cache=None, **options
 ) -> Generation:
-    """Continues `prompt`, greedily unless `options` (those of `model.generate`) say otherwise."""
+    """Continues `prompt`, greedily unless `options` (those of `model.generate`) say otherwise.
+
+    cache: a DiJiangCache of what stands before the prompt (dijiang.load_state).
+    """
     device = device_of(model)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    inputs = tokenizer(
+        prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=cache is None
+    ).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("generate: the prompt is empty")
     options.setdefault("do_sample", False)
     if tokenizer.pad_token_id is None:
         options.setdefault("pad_token_id", tokenizer.eos_token_id)
+    options["max_new_tokens"] = max_new_tokens
     begin = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
+    if cache is None:
+        new = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    else:
+        from ..states import resume  # here: it needs transformers
+
+        new = resume(model, cache, inputs["input_ids"], **options)[0]
     _synchronize(model)
     seconds = time.perf_counter() - begin
-    new = output[inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(prompt, text, new.numel(), seconds)
 
