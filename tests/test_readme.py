@@ -53,6 +53,7 @@ def test_commands(tiny_default, monkeypatch, capsys):
     """In the README's order: what one writes the next reads."""
     lines = [line for line in shell_lines() if line.startswith("dijiang ")]
     assert len(lines) >= 5
+    pathlib.Path("book.txt").write_text("The cat sat on the mat. " * 30)
     for line in lines:
         # Sizes for a tiny model and a test's patience; everything else as printed.
         line = line.replace("65536", "2048").replace("512,8192", "64,128")
