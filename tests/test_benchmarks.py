@@ -92,12 +92,14 @@ def model_and_text(tmp_path_factory):
 def test_maps(tmp_path, model_and_text):
     rows = run("maps", tmp_path, *model_and_text)
     rows = {row["map"]: row for row in rows}
-    assert len(rows) == 11
+    assert len(rows) == 14
     for name, row in rows.items():
         assert bool(row["trained_error"]) == bool(row["parameters"])
         if row["parameters"]:
             assert float(row["trained_error"]) < float(row["error"]), name
     assert int(rows["wdcf"]["parameters"]) < int(rows["learned"]["parameters"])
+    again = run("maps", tmp_path, *model_and_text, "--run", "learned")  # the others stay
+    assert {row["map"]: row for row in again} == rows
 
 
 def test_quality(tmp_path, model_and_text):

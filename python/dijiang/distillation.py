@@ -57,7 +57,7 @@ def distill(
     model, data, *, tokens: int | None = None, transfer_tokens: int | None = None,
     train: str = "attention", lm_weight: float = 0.0, kl_weight: float = 1.0, teacher=None,
     length: int = 1024, batch_size: int = 1, gradient_accumulation_steps: int = 1,
-    learning_rate: float = 1e-2, lm_learning_rate: float | None = None, kernel_rate: float = 5.0,
+    learning_rate: float = 2e-2, lm_learning_rate: float | None = None, kernel_rate: float = 5.0,
     gate_rate: float = 20.0, warmup_steps: int = 2, calibrate: bool = True, seed: int = 0,
     output_dir=None, save_steps: int | None = None, resume: bool = False,
     progress: bool | Callable[[dict], None] = True, trainer_arguments: Mapping | None = None,
@@ -88,7 +88,7 @@ def distill(
             lm_learning_rate stage 2's: None: 2e-4 where near keys are kept and more than
             ``dijiang`` trains, else 1e-3.
         kernel_rate: stage 2's rate of what convert added, as a multiple of the other weights'.
-        gate_rate: that of the gates, likewise, in both stages.
+        gate_rate: that of the gates and of a decay a head, likewise, in both stages.
         output_dir: where Trainer's checkpoints go (``stage1``, ``stage2``), every ``save_steps``
             and at each stage's end. ``resume``: goes on from the last one there.
         progress: True: a progress bar; or a function, called with each row of history.
@@ -174,7 +174,7 @@ def distill(
 class _KernelTrainer(Trainer):
     """Trainer with rates of their own for what convert added, which is untrained.
 
-    Gates most of all: logarithms of masses, they have far to go.
+    Gates and decays most of all: logarithms of masses and of lengths, they have far to go.
     """
 
     def __init__(self, *args, gate_rate=1.0, kernel_rate=1.0, **kwargs):
@@ -194,7 +194,7 @@ class _KernelTrainer(Trainer):
         return self.optimizer
 
     def _rate(self, name: str) -> float:
-        if name.endswith(".dijiang.gate"):
+        if name.endswith((".dijiang.gate", ".dijiang.decay")):
             return self.gate_rate
         return self.kernel_rate if ".dijiang." in name else 1.0
 
