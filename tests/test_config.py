@@ -98,6 +98,7 @@ def test_as_many_hard_keys_as_the_window_has():
     assert DiJiangConfig(window=8).cache_size == 8
     assert DiJiangConfig(window=8, cache_size=0).cache_size == 0
     assert DiJiangConfig(window=0).cache_size == DiJiangConfig.window_only().cache_size == 0
+    assert DiJiangConfig.paper(window=8).cache_size == 0
     with pytest.raises(ValueError, match="cache_size=64 is of keys that leave a window"):
         DiJiangConfig().replace(window=0)
 

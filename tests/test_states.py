@@ -163,5 +163,7 @@ def test_what_cannot_be_saved_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="must have shape"):
         dijiang.save_state(read(other, ids_of(1, 9)), tmp_path / "x", model)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="resume: the cache is empty"):
+        dijiang.resume(model, DiJiangCache(model.config), ids_of(1, 3))
     with pytest.raises(ValueError, match=r"resume: ids must have shape \(1, n\)"):
         dijiang.resume(model, read(model, ids_of(1, 9)), ids_of(2, 3))

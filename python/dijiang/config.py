@@ -193,15 +193,17 @@ class DiJiangConfig:
     @classmethod
     def paper(cls, **overrides) -> DiJiangConfig:
         """The method as written: weighted DCT features alone, every key far (eq. 9, 10, 12)."""
-        settings = dict(feature_map="wdcf", share_qk=True, window=0, sinks=0, beta=0.0)
+        settings = dict(
+            feature_map="wdcf", share_qk=True, window=0, sinks=0, cache_size=0, beta=0.0
+        )
         return cls(**(settings | overrides))
 
     @classmethod
     def published(cls, **overrides) -> DiJiangConfig:
         """The published code's: softmax features, decay a head, group norm and a SiLU gate."""
         settings = dict(
-            feature_map="softmax", sampling="iid", share_qk=True, window=0, sinks=0, decay="head",
-            normalize=False, group_norm=True, output_gate=True,
+            feature_map="softmax", sampling="iid", share_qk=True, window=0, sinks=0, cache_size=0,
+            decay="head", normalize=False, group_norm=True, output_gate=True,
         )  # fmt: skip
         return cls(**(settings | overrides))
 

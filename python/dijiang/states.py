@@ -163,19 +163,22 @@ def resume(model, cache: DiJiangCache, ids: Tensor, **options) -> Tensor:
         int64 (batch, new tokens): what comes after ids.
 
     Raises:
-        ValueError: ids do not fit the cache.
+        ValueError: the cache is empty, or ids do not fit it.
 
     >>> cache = dijiang.load_state("book.safetensors", model)                  # doctest: +SKIP
     >>> dijiang.resume(model, cache, question, max_new_tokens=50)              # doctest: +SKIP
     """
     check_converted(model, "resume")
-    lengths = next(x.state.length for x in cache.layers if isinstance(x, DiJiangLayer) and x.state)
+    if not cache.get_seq_length():
+        raise ValueError("resume: the cache is empty. Call model.generate")
+    lengths = next(x.state.length for x in cache.layers if isinstance(x, DiJiangLayer))
     batch, seen = lengths.shape[0], cache.get_seq_length()
     if ids.ndim != 2 or ids.shape[0] != batch or not ids.shape[1]:
         raise ValueError(
             f"resume: ids must have shape ({batch}, n) (batch of the cache, at least one token), "
             f"got {tuple(ids.shape)}"
         )
+    ids = ids.to(model.device)
     # generate() wants all tokens and cuts off those in the cache: any will do in their place.
     # Padding stands on the left, so that a row has read `length` tokens of those seen.
     read = torch.arange(seen, device=ids.device) >= seen - lengths.to(ids.device)[:, None]
