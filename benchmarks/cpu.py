@@ -66,9 +66,10 @@ def parameters() -> tuple[ops.FeatureParams, ops.FeatureParams, Tensor]:
 
 @torch.no_grad()
 def map_parameters(name: str) -> tuple[ops.FeatureParams, ops.FeatureParams]:
-    """Of queries and keys: learned_pm, the default, has 128 features, omega = [w, -w]; wdcf, the
-    paper's, 64, whose omega is rows of the DCT times frequencies."""
-    features = FeatureMap(name, heads=KV_HEADS, headdim=HEADDIM)
+    """Of queries and keys: learned_pm with 128 features, omega = [w, -w]; wdcf, the paper's, with
+    64, whose omega is rows of the DCT times frequencies."""
+    m = 2 * HEADDIM if name == "learned_pm" else HEADDIM
+    features = FeatureMap(name, heads=KV_HEADS, headdim=HEADDIM, num_features=m)
     return features.params(HEADS // KV_HEADS), features.params()
 
 

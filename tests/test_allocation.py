@@ -42,6 +42,25 @@ def test_predictions_are_closer_at_the_same_memory():
     assert kl(spread) < 0.9 * kl(exact)
 
 
+def test_never_worse_than_as_many_in_each_layer(monkeypatch):
+    """On the tokens it was found on, whatever the layers' errors add up to."""
+    exact = CONFIG.replace(feature_map=None)
+
+    def kl(sizes):
+        per_layer = {layer: {"cache_size": size} for layer, size in enumerate(sizes)}
+        student = dijiang.convert(model_with_a_lazy_layer(1), exact.replace(per_layer=per_layer))
+        return dijiang.evaluate.agreement(student, model_with_a_lazy_layer(1), IDS[:1]).kl
+
+    kept = set()
+    for proposed in ([24, 0, 0], [0, 24, 0], [16, 0, 8]):
+        monkeypatch.setattr(allocation, "best_sizes", lambda *args, found=proposed: found)
+        config = dijiang.spread_hard_keys(model_with_a_lazy_layer(1), IDS, exact)
+        sizes = [own["cache_size"] for own in config.per_layer.values()]
+        assert kl(sizes) == pytest.approx(min(kl(proposed), kl([8, 8, 8])), rel=1e-3)
+        kept.add(sizes == proposed)
+    assert kept == {True, False}
+
+
 @torch.no_grad()
 def test_convert_spreads_where_there_is_text():
     wanted = dijiang.spread_hard_keys(model_with_a_lazy_layer(1), IDS, CONFIG)

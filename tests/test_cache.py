@@ -27,7 +27,7 @@ def filled(model, ids):
 
 def test_size_is_constant(model):
     sizes = {length: filled(model, ids_of(1, length)).nbytes() for length in (1, 16, 100, 1000)}
-    heads, d, features, near = 2, 16, 32, 2 * 8 + 2
+    heads, d, features, near = 2, 16, 16, 2 * 8 + 2
     # kv, z and log_scale in float32, near keys and values in float32, length in int64.
     layer = 4 * heads * (features * d + 2 * features + 2 * near * d) + 8
     assert set(sizes.values()) == {2 * layer}
@@ -38,7 +38,7 @@ def test_size_with_hard_keys_is_constant():
     model = dijiang.convert(tiny_model(), CONFIG.replace(cache_size=6))
     assert "6 hard keys" in model.dijiang_start
     sizes = {length: filled(model, ids_of(1, length)).nbytes() for length in (1, 16, 100, 1000)}
-    heads, d, features, exact = 2, 16, 32, 2 * 8 + 2 + 6
+    heads, d, features, exact = 2, 16, 16, 2 * 8 + 2 + 6
     # As above; besides, votes for slots and a block and two sums in float32, positions in int64.
     layer = 4 * heads * (features * d + 2 * features + 2 * exact * d)
     layer += heads * (4 * (6 + 8 + 2 * d) + 8 * 6) + 8

@@ -103,7 +103,7 @@ def test_published_softmax_map():
 @pytest.mark.parametrize("name", ["wdcf_pm", "learned_pm"])
 def test_pairs_are_features_of_minus_x(name):
     phi = make(name).double()
-    assert phi.num_features == 2 * D
+    assert phi.num_features == D
     x = torch.randn(1, 3, 4, D, dtype=torch.float64)
     torch.testing.assert_close(phi(-x), torch.cat(phi(x).chunk(2, -1)[::-1], -1))
 

@@ -143,7 +143,7 @@ def test_a_damaged_file_is_refused(model, file):
         dijiang.load_state(file, model)
     file.write_bytes(whole)
     _altered(file, lambda x: x | {"0.kv": x["0.kv"][..., :3].contiguous()})
-    with pytest.raises(ValueError, match=r"0\.kv of .* must have shape \(1, 2, 32, 16\), got"):
+    with pytest.raises(ValueError, match=r"0\.kv of .* must have shape \(1, 2, 16, 16\), got"):
         dijiang.load_state(file, model)
     file.write_bytes(whole)
     _altered(file, version="2")

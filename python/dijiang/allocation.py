@@ -91,7 +91,7 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
     mean = config.cache_size
     sizes = sorted({int(mean * multiple) for multiple in MULTIPLES})
     few = ids[:1, : max(WEIGHED, 2 * near)]
-    steps, done = ids.shape[0] + len(kernels) + 2, 0
+    steps, done = ids.shape[0] + len(kernels) + 4, 0
 
     def advance():
         nonlocal done
@@ -99,13 +99,33 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
         if progress is not None:
             progress(done, steps)
 
+    def logits():
+        advance()
+        return model(input_ids=few, use_cache=False).logits
+
+    def kl():
+        return float(kl_divergence(logits(), wanted, wanted.new_ones(few.shape)))
+
     errors = _errors_by_size(model, kernels.values(), ids, sizes, advance)
     alone = _errors_by_size(model, kernels.values(), few, (0,), advance)
-    weights = _weights(model, kernels.values(), few, [one for (one,) in alone], advance)
+    weights = []
+    with kernel_mode(model, "softmax"):
+        wanted = logits()
+        for kernel, (error,) in zip(kernels.values(), alone, strict=True):
+            kernel.mode = "student"
+            part = max(kl(), 0.0)
+            weights.append(part / error if error > 0 else 0.0)
+            kernel.mode = "softmax"
     losses = [[weight * e for e in row] for weight, row in zip(weights, errors, strict=True)]
-    chosen = best_sizes(sizes, losses, mean)
+
+    # Errors of many layers may add up otherwise than they do alone.
+    found = {}
+    for chosen in (best_sizes(sizes, losses, mean), [mean] * len(kernels)):
+        for kernel, size in zip(kernels.values(), chosen, strict=True):
+            kernel.config = kernel.config.replace(cache_size=size)
+        found.setdefault(kl(), chosen)
     per_layer = {layer: dict(own) for layer, own in config.per_layer.items()}
-    for layer, size in zip(kernels, chosen, strict=True):
+    for layer, size in zip(kernels, found[min(found)], strict=True):
         per_layer.setdefault(layer, {})["cache_size"] = size
     return config.replace(per_layer=per_layer)
 
@@ -121,24 +141,6 @@ def _errors_by_size(model, kernels, ids: Tensor, sizes, advance) -> list[list[fl
             sums = sums + torch.stack([kernel.loss.double().sum(1) for kernel in kernels])
             advance()
     return (sums[:, :-1] / sums[:, -1:].clamp_min(torch.finfo(sums.dtype).tiny)).tolist()
-
-
-def _weights(model, kernels, ids: Tensor, errors, advance) -> list[float]:
-    """By layer: KL(softmax || this layer alone converted) over the error of its output."""
-
-    def logits():
-        advance()
-        return model(input_ids=ids, use_cache=False).logits
-
-    weights = []
-    with kernel_mode(model, "softmax"):
-        wanted = logits()
-        for kernel, error in zip(kernels, errors, strict=True):
-            kernel.mode = "student"
-            kl = kl_divergence(logits(), wanted, wanted.new_ones(ids.shape))
-            kernel.mode = "softmax"
-            weights.append(max(float(kl), 0.0) / error if error > 0 else 0.0)
-    return weights
 
 
 def best_sizes(sizes: Sequence[int], losses: Sequence[Sequence[float]], mean: float) -> list[int]:

@@ -39,7 +39,7 @@ class DiJiangConfig:
     #: ``prf``, ``pff``, ``wpff``, ``wdcf``, ``wdcf_pm``, ``learned``, ``learned_pm``, ``softmax``,
     #: ``elu`` (see FeatureMap); None: no far keys at all, window and sinks alone.
     feature_map: str | None = "learned_pm"
-    #: Features a head. None: the head dimension, twice that for the ``_pm`` maps.
+    #: Features a head. None: as many as the head has dimensions.
     num_features: int | None = None
     #: Distribution of the frequencies t: ``normal``, as in the paper, or ``chi``, for which the
     #: estimate of exp(q.k) has no bias when directions are uniform.

@@ -62,7 +62,7 @@ class FeatureMap(nn.Module):
         self.kind = _KINDS.get(feature_map, "exp")
         self.paired = feature_map.endswith("_pm")
         if num_features is None:
-            num_features = 2 * headdim if self.paired else headdim
+            num_features = headdim + (headdim % 2 if self.paired else 0)
         if self.paired and num_features % 2:
             raise ValueError(
                 f"FeatureMap: {feature_map} needs an even num_features, got {num_features}"
