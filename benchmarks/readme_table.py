@@ -5,7 +5,8 @@
     python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
-memory.py, dct.py, model.py, quality.py, maps.py, and from a demo's results.json kept as demo.json.
+memory.py, dct.py, model.py, quality.py, maps.py, far.py, and from a demo's results.json kept as
+demo.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import far
 import floor
 import maps as feature_maps
 import quality as recipes
@@ -197,6 +199,12 @@ def maps() -> str:
     return feature_maps.summary(rows) + "\n\n" + _measured(machine)
 
 
+def far_keys() -> str:
+    """What far keys are worth, a layer at a time."""
+    machine, rows = common.read(common.RESULTS / "far.csv")
+    return far.summary(rows) + "\n\n" + _measured(machine)
+
+
 def picture() -> str:
     """The demo's summary plot, once there is one."""
     name = _demo()["settings"]["model"]
@@ -221,6 +229,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dct sizes": dct_sizes,
     "model": model,
     "maps": maps,
+    "far": far_keys,
     "recipes": lambda: recipes.language(recipes.results()) + "\n\n" + _recipes_measured(),
     "recipes recall": lambda: recipes.recall(recipes.results()),
 }

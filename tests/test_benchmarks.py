@@ -102,6 +102,15 @@ def test_maps(tmp_path, model_and_text):
     assert {row["map"]: row for row in again} == rows
 
 
+def test_far(tmp_path, model_and_text):
+    rows = {row.pop("far keys"): row for row in run("far", tmp_path, *model_and_text)}
+    errors = {name: float(row["to 256"]) for name, row in rows.items()}
+    # Weights of a random model are nearly equal: far keys of any features know that.
+    assert errors["calibrated on 8192"] < 0.01 * errors["no far keys"]
+    assert errors["trained on 8192"] < 0.01 * errors["no far keys"]
+    assert errors["64 hard keys more"] != errors["128 hard keys more"]
+
+
 def test_quality(tmp_path, model_and_text):
     command = [
         sys.executable, BENCHMARKS / "quality.py", "--quick", "--out", tmp_path, "--threads", "2",
