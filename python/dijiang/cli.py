@@ -169,7 +169,7 @@ else:
         spread = spread and config.cache_size > 0
         calibrate = calibrate and config.has_near and config.has_far
         if spread or calibrate:
-            rows = _calibration_rows(data, tokenizer, 4 * max(config.window, config.sinks))
+            rows = _calibration_row(data, tokenizer, student, config)
         if spread:
             config = _spread(student, config, rows, console)
         with console.stage("converting"):
@@ -663,14 +663,15 @@ else:
         name = f"{corpus.name}, training part"
         return text.pack(corpus.train, tokenizer, length, name=name)
 
-    def _calibration_rows(source: str | None, tokenizer, least: int):
-        """Two rows of up to 2048 tokens, as the text allows: far keys open for such contexts."""
+    def _calibration_row(source: str | None, tokenizer, model, config):
+        """Up to 4096 tokens, as text and model allow: far keys open for such contexts."""
         from . import data as text
 
         corpus = text.load_text(source)
         tokens = text.tokenize(corpus.train, tokenizer)
-        length = max(least, min(2048, len(tokens) // 2))
-        return text.cut(tokens, length, blocks=2, name=f"{corpus.name}, training part")
+        longest = getattr(model.config, "max_position_embeddings", None) or 4096
+        length = max(4 * max(config.window, config.sinks), min(4096, longest, len(tokens)))
+        return text.cut(tokens, length, blocks=1, name=f"{corpus.name}, training part")
 
     def _save(model, tokenizer, out: Path) -> None:
         model.save_pretrained(out)

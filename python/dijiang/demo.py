@@ -195,9 +195,10 @@ class _Demo:
         if not config.has_near or config == self.window_config:
             return convert(model, config)
         with self.reporter.stage("spreading hard keys, calibrating far keys") as progress:
-            # On training text, in rows as long as the longest measured.
-            length = max(*self.settings.lengths, self.settings.train_length)
-            rows = self.train_blocks(length)[:2]
+            # On training text, in a row twice as long as the longest measured: for contexts that
+            # are longer than what they were calibrated on, far keys weigh too much.
+            longest = max(*self.settings.lengths, self.settings.train_length)
+            rows = self.train_blocks(2 * longest)[:1]
             return convert(model, config, calibration=rows, progress=progress)
 
     @cached_property
