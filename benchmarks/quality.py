@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -289,22 +290,23 @@ def draw(rows: Mapping[str, dict], path: Path) -> None:
 
 
 def draw_training(rows: Mapping[str, dict], path: Path) -> None:
-    """KL to the teacher on the rows trained on, each seen once: the mean of eight steps."""
+    """KL to the teacher on the rows trained on, each seen once: the mean of every doubling."""
     from dijiang import plots
 
     series = {}
     for name, row in rows.items():
         losses, tokens = row["training"].get("losses", ()), row["training"].get("tokens")
-        if "transfer_tokens" in row["train"] or len(losses) < 8:
+        ends = [len(losses) >> halvings for halvings in (4, 3, 2, 1, 0)]
+        if "transfer_tokens" in row["train"] or ends[0] < 1:
             continue
         series[name] = [
-            (tokens * (i + 8) / len(losses), sum(losses[i : i + 8]) / 8)
-            for i in range(len(losses) - 7)
+            (round(tokens * end / len(losses)), statistics.fmean(losses[end // 2 : end]))
+            for end in ends
         ]
     if series:
         plots.lines(
-            series, path, title="Training by KL to the teacher", xlabel="tokens",
-            ylabel="KL, nats a token",
+            series, path, title="Training by KL to the teacher", logy=False,
+            xlabel="tokens (the mean since half as many)", ylabel="KL, nats a token",
         )  # fmt: skip
 
 

@@ -143,20 +143,20 @@ def test_quality(tmp_path, model_and_text):
 
 
 def test_training_curves(bench, tmp_path, monkeypatch):
-    """Means of eight steps, at the tokens after the last of them; transfer is another loss."""
+    """Means since half as many tokens; transfer is another loss."""
     from dijiang import plots
 
     drawn = []
     monkeypatch.setattr(plots, "lines", lambda series, path, **words: drawn.append(series))
-    training = {"losses": [float(i) for i in range(10)], "tokens": 100}
+    training = {"losses": [float(i) for i in range(16)], "tokens": 160}
     rows = {
-        "kl": {"training": training, "train": {"tokens": 100}},
-        "short": {"training": training | {"losses": [1.0] * 7}, "train": {}},
-        "transfer": {"training": training, "train": {"transfer_tokens": 100}},
+        "kl": {"training": training, "train": {"tokens": 160}},
+        "short": {"training": training | {"losses": [1.0] * 15}, "train": {}},
+        "transfer": {"training": training, "train": {"transfer_tokens": 160}},
         "untrained": {"training": {}, "train": {}},
     }
     bench.quality.draw_training(rows, tmp_path / "x.png")
-    assert drawn == [{"kl": [(80, 3.5), (90, 4.5), (100, 5.5)]}]
+    assert drawn == [{"kl": [(10, 0), (20, 1), (40, 2.5), (80, 5.5), (160, 11.5)]}]
 
 
 @pytest.mark.parametrize("size", [3, 100])
