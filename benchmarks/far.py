@@ -24,7 +24,7 @@ from dijiang import DiJiangConfig, convert, data
 from dijiang.attention import kernel_mode
 from dijiang.calibration import calibrate_gate
 from dijiang.conversion import only_last_logits
-from dijiang.modules import AttentionKernel
+from dijiang.modules import AttentionKernel, kernels_by_layer
 from quality import PROSE, Bench, Sizes, headdim_of, path_of
 
 LAYERS = (9, 15, 22)
@@ -59,9 +59,9 @@ def capture(bench: Bench, config: DiJiangConfig, layers, length: int):
 
         return hook
 
+    kernels = kernels_by_layer(model)
     for layer in layers:
-        kernel = model.model.layers[layer].self_attn.dijiang
-        kernel.register_forward_pre_hook(keep(layer), with_kwargs=True)
+        kernels[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
     found = {layer: ([], []) for layer in layers}
     for part, ids, count in ((0, bench.train, TRAIN), (1, bench.held_out, TEST)):
         for row in data.cut(ids, length, blocks=count):

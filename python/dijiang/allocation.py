@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .attention import NAME, kernel_mode
+from .attention import kernel_mode
 from .config import DiJiangConfig
 from .conversion import as_batch, convert, is_converted, only_last_logits, restore
 from .divergence import kl_divergence
-from .modules import AttentionKernel
+from .modules import kernels_by_layer
 
 #: Cache sizes a layer may get, as multiples of the mean; none is the first.
 MULTIPLES = (0, 0.25, 0.5, 1, 2, 4, 8)
@@ -80,8 +80,7 @@ def spread_hard_keys(
 
 
 def _spread(model, ids, config, progress) -> DiJiangConfig:
-    modules = [m for m in model.modules() if isinstance(getattr(m, NAME, None), AttentionKernel)]
-    kernels = {m.layer_idx: m.dijiang for m in modules if m.dijiang.config.window}
+    kernels = {i: kernel for i, kernel in kernels_by_layer(model).items() if kernel.config.window}
     near = max(kernel.config.near_span for kernel in kernels.values())
     if ids.shape[1] <= near:
         raise ValueError(
@@ -118,14 +117,15 @@ def _spread(model, ids, config, progress) -> DiJiangConfig:
             kernel.mode = "softmax"
     losses = [[weight * e for e in row] for weight, row in zip(weights, errors, strict=True)]
 
-    # Errors of many layers may add up otherwise than they do alone.
-    found = {}
-    for chosen in (best_sizes(sizes, losses, mean), [mean] * len(kernels)):
+    def kl_with(chosen):
         for kernel, size in zip(kernels.values(), chosen, strict=True):
             kernel.config = kernel.config.replace(cache_size=size)
-        found.setdefault(kl(), chosen)
+        return kl()
+
+    # Errors of many layers may add up otherwise than they do alone.
+    chosen = min(best_sizes(sizes, losses, mean), [mean] * len(kernels), key=kl_with)
     per_layer = {layer: dict(own) for layer, own in config.per_layer.items()}
-    for layer, size in zip(kernels, found[min(found)], strict=True):
+    for layer, size in zip(kernels, chosen, strict=True):
         per_layer.setdefault(layer, {})["cache_size"] = size
     return config.replace(per_layer=per_layer)
 
@@ -140,7 +140,7 @@ def _errors_by_size(model, kernels, ids: Tensor, sizes, advance) -> list[list[fl
             model(input_ids=row, use_cache=False, **only_last_logits(model))
             sums = sums + torch.stack([kernel.loss.double().sum(1) for kernel in kernels])
             advance()
-    return (sums[:, :-1] / sums[:, -1:].clamp_min(torch.finfo(sums.dtype).tiny)).tolist()
+    return (sums[:, :-1] / sums[:, -1:]).tolist()
 
 
 def best_sizes(sizes: Sequence[int], losses: Sequence[Sequence[float]], mean: float) -> list[int]:

@@ -175,8 +175,9 @@ def kernel_mode(model, mode: str):
       output's squared error, relative to the mean square of softmax attention's.
     - "calibrate": hands softmax attention's output on, and sets the gate by it.
     - "compare": hands softmax attention's output on, and leaves in ``kernel.loss``, (2, heads), the
-      sums of squares of its own output's error and of softmax attention's output. Where
-      ``kernel.compared`` has cache sizes, its errors with each of them: (sizes + 1, heads).
+      sums of squares of its own output's error and of softmax attention's output, the latter above
+      0, so that a head without output has no error. Where ``kernel.compared`` has cache sizes, its
+      errors with each of them: (sizes + 1, heads).
     """
     kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
     for kernel in kernels:
@@ -229,7 +230,8 @@ def _kernelized(module, query, key, value, scaling, *, seq_bounds=None, padding=
                 squares.append((student.float() - teacher.float()).square().sum((0, 2, 3)))
         finally:
             kernel.config = own
-        kernel.loss = torch.stack([*squares, teacher.float().square().sum((0, 2, 3))])
+        size = teacher.float().square().sum((0, 2, 3))
+        kernel.loss = torch.stack([*squares, size.clamp_min(torch.finfo(size.dtype).tiny)])
         return teacher
     with torch.enable_grad():
         query, key, value = query.detach(), key.detach(), value.detach()

@@ -173,8 +173,9 @@ else:
         if spread:
             config = _spread(student, config, rows, console)
         with console.stage("converting"):
+            # Hard keys are spread above, or are not to be.
             rows = rows if calibrate else None
-            convert_model(student, config, calibration=rows, spread=False)  # it is already
+            convert_model(student, config, calibration=rows, spread=False)
         _save(student, tokenizer, out)
         result = {"out": str(out), "start": student.dijiang_start, "config": config.to_dict()}
         _print(result, as_json, f"{out}: starts from {student.dijiang_start}")

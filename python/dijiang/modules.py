@@ -205,6 +205,17 @@ class AttentionKernel(nn.Module):
         return flat.reshape(batch, seqlen, heads, dv).transpose(1, 2)
 
 
+def kernels_by_layer(model: nn.Module) -> dict[int, AttentionKernel]:
+    """The kernels of a converted model, in the order of its layers."""
+    found = {
+        module.layer_idx: child
+        for module in model.modules()
+        for child in module.children()
+        if isinstance(child, AttentionKernel)
+    }
+    return dict(sorted(found.items()))
+
+
 class KernelizedAttention(nn.Module):
     """Causal multi-head attention of linear cost, for a model of one's own.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 from ._types import AttentionState
 from .cache import DiJiangCache, DiJiangLayer
 from .conversion import check_converted, only_last_logits
-from .modules import AttentionKernel
+from .modules import kernels_by_layer
 
 #: Of the file's layout. A higher one is refused, by its number.
 VERSION = 1
@@ -102,14 +101,10 @@ def save_state(cache: DiJiangCache, path: str | os.PathLike, model) -> pathlib.P
         "seen": str(cache.get_seq_length()),
     }
     path = pathlib.Path(path)
-    handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        made = pathlib.Path(folder) / path.name
         save_file({name: x.contiguous() for name, x in tensors.items()}, made, metadata)
         os.replace(made, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(made)
     return path
 
 
@@ -137,14 +132,11 @@ def load_state(path: str | os.PathLike, model) -> DiJiangCache:
     _check_shapes("load_state", str(path), tensors, model)
     cache = DiJiangCache(model.config)
     for index, layer in enumerate(cache.layers):
-        own = {
-            name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")
-        }
         if isinstance(layer, DiJiangLayer):
-            state = AttentionState(**{name: own.get(name) for name in AttentionState._fields})
-            layer.advance(state, int(metadata["seen"]))
+            fields = {name: tensors.get(f"{index}.{name}") for name in AttentionState._fields}
+            layer.advance(AttentionState(**fields), int(metadata["seen"]))
         else:
-            layer.update(own["keys"], own["values"])
+            layer.update(tensors[f"{index}.keys"], tensors[f"{index}.values"])
     return cache
 
 
@@ -213,12 +205,7 @@ def _check_model(path, metadata, model) -> None:
 
 def _check_shapes(what: str, source: str, tensors: dict[str, Tensor], model) -> None:
     """Every tensor of every layer, in its shape but for the batch's."""
-    wanted = {}
-    layers = {
-        module.layer_idx: module.dijiang
-        for module in model.modules()
-        if isinstance(getattr(module, "dijiang", None), AttentionKernel)
-    }
+    wanted, layers = {}, kernels_by_layer(model)
     batch = next((x.shape[0] for x in tensors.values()), 1)
     for index in range(model.config.num_hidden_layers):
         if index in layers:

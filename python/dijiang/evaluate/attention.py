@@ -65,7 +65,7 @@ def attention_errors(
     with kernel_mode(model, "compare"):
         for index, block in enumerate(blocks.to(device_of(model))):
             model(input_ids=block[None], use_cache=False, **only_last_logits(model))
-            windows.append([_at_least_tiny(kernel.loss) for kernel in kernels.values()])
+            windows.append([kernel.loss.double().cpu() for kernel in kernels.values()])
             if progress:
                 progress(index + 1, len(blocks))
     rows = []
@@ -76,12 +76,6 @@ def attention_errors(
             LayerError(layer, float(error.sum() / size.sum()), deviation, (error / size).tolist())
         )
     return rows
-
-
-def _at_least_tiny(loss: Tensor) -> Tensor:
-    """(error, size), (2, heads): a size above 0, so that a head whose output is 0 has error 0."""
-    error, size = loss.double().cpu()
-    return torch.stack([error, size.clamp_min(torch.finfo(size.dtype).tiny)])
 
 
 @torch.no_grad()
@@ -166,15 +160,12 @@ def _weights(kernel, q, k, v, hidden) -> tuple[Tensor, Tensor]:
 
 def _kernels(model: nn.Module, what: str) -> dict:
     """{layer: AttentionKernel} of a converted model."""
-    from ..modules import AttentionKernel
+    from ..modules import kernels_by_layer
 
-    kernels = {}
-    for path, module in model.named_modules():
-        if isinstance(module, AttentionKernel):
-            kernels[model.get_submodule(path.rpartition(".")[0]).layer_idx] = module
+    kernels = kernels_by_layer(model)
     if not kernels:
         raise ValueError(
             f"{what}: this {type(model).__name__} is not converted. Call dijiang.convert(model) "
             "first"
         )
-    return dict(sorted(kernels.items()))
+    return kernels
