@@ -32,6 +32,7 @@ from dijiang import (
     distill,
     evaluate,
     load_base,
+    restore,
     spread_hard_keys,
 )
 from dijiang.modules import AttentionKernel
@@ -55,6 +56,7 @@ QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 512, "length": 512})
 CALIBRATION = {"length": 4096, "rows": 1}
 # Attention's own weights learn by KL to the teacher.
 TRAINED = {"tokens": 32768, "length": 2048}
+TEXT = TRAINED | {"lm_weight": 1.0, "kl_weight": 0.0}  # by the next token, not by the teacher
 LONG = {"tokens": 299008, "length": 2048}  # as many as 30 minutes are meant to be enough for
 # Features and gates learn to give softmax attention's outputs.
 TRANSFER = {"tokens": 65536, "transfer_tokens": 65536, "length": 2048}
@@ -69,6 +71,7 @@ class Recipe:
     calibrate: bool = False
     heavy_hitters: bool = False  # in the place of our hard keys
     own_text: bool = False  # spread on what the teacher writes itself
+    softmax: bool = False  # measured as the softmax model that the trained weights make
     train: Mapping[str, Any] = field(default_factory=dict)  # distill's arguments; none: untrained
     note: str = ""
 
@@ -80,6 +83,8 @@ def exact(**options) -> DiJiangConfig:
 
 RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(note="softmax attention"),
+    # A window as long as the rows is softmax attention, trained as the students are.
+    "teacher, text": Recipe(DiJiangConfig.window_only(2048, 0), train=TEXT, softmax=True),
     "window": Recipe(exact(), note="64 + 4 sinks"),
     "window, far": Recipe(DiJiangConfig(cache_size=0), calibrate=True, note="calibrated"),
     "window, far, transfer": Recipe(DiJiangConfig(cache_size=0), train=TRANSFER),
@@ -92,6 +97,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     "hard 64, spread, trained": Recipe(exact(cache_size=64), spread=True, train=TRAINED),
     "hard 64, spread, trained long": Recipe(exact(cache_size=64), spread=True, train=LONG),
+    "hard 64, spread, text": Recipe(exact(cache_size=64), spread=True, train=TEXT),
+    "hard 64, spread, far, trained": Recipe(
+        DiJiangConfig(feature_map="learned", cache_size=64), spread=True, train=TRAINED
+    ),
     "hard 64, spread, far, transfer": Recipe(
         DiJiangConfig(feature_map="learned", cache_size=64), spread=True, train=FAR
     ),
@@ -99,6 +108,7 @@ RECIPES: dict[str, Recipe] = {
     "hard 128, spread": Recipe(exact(cache_size=128), spread=True, note="128 in the mean"),
     "hard 256": Recipe(exact(cache_size=256), note="no far keys"),
     "hard 256, spread": Recipe(exact(cache_size=256), spread=True, note="256 in the mean"),
+    "hard 256, spread, trained": Recipe(exact(cache_size=256), spread=True, train=TRAINED),
 }
 
 
@@ -150,6 +160,8 @@ class Bench:
                 training |= {"tokens": wanted["tokens"], "start": done.start}
                 training["losses"] = [round(row["loss"], 5) for row in done.history]
             training["seconds"] = round(time.monotonic() - begin, 1)
+            if recipe.softmax:
+                model, config = restore(model), None
         return {
             "name": name,
             "note": recipe.note,

@@ -1,17 +1,18 @@
-"""Writes the measured tables of README.md, docs/performance.md and docs/quality.md from results/.
+"""Writes the measured tables of README.md and of the guides from results/.
 
     python benchmarks/readme_table.py            # rewrite
     python benchmarks/readme_table.py --check    # exit 1 if a table is not that of its results
     python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
-memory.py, dct.py, model.py, quality.py, maps.py, far.py, and from a demo's results.json kept as
-demo.json.
+memory.py, dct.py, model.py, quality.py, maps.py, far.py, tests/families.py, and from a demo's
+results.json kept as demo.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import shutil
@@ -205,6 +206,29 @@ def far_keys() -> str:
     return far.summary(rows) + "\n\n" + _measured(machine)
 
 
+def families() -> str:
+    """What each family of models was seen to do, by its tests, and with which transformers."""
+    with (common.RESULTS / "families.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    versions = sorted(_distinct(rows, "transformers"), key=_version)
+    at = {(row["transformers"], row["family"]): row for row in rows}
+    behaviours = [name for name in rows[0] if name not in ("transformers", "family", "refused")]
+    lines = []
+    for family in _distinct(rows, "family"):
+        cells = [family]
+        for name in behaviours:
+            able = [x for x in versions if at.get((x, family), {}).get(name) == "yes"]
+            cells.append("yes" if able == versions else ", ".join(able) or "-")
+        refused = at[versions[-1], family]["refused"]
+        lines.append([*cells, refused])
+    header = ["family", *behaviours, "refused, because"]
+    return common.table(header, lines) + f"\n\nWith transformers {' and '.join(versions)}."
+
+
+def _version(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 def picture() -> str:
     """The demo's summary plot, once there is one."""
     name = _demo()["settings"]["model"]
@@ -229,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dct sizes": dct_sizes,
     "model": model,
     "maps": maps,
+    "families": families,
     "far": far_keys,
     "recipes": lambda: recipes.language(recipes.results()) + "\n\n" + _recipes_measured(),
     "recipes recall": lambda: recipes.recall(recipes.results()),

@@ -89,10 +89,21 @@ def model_and_text(tmp_path_factory):
     return ["--model", tiny_llama(folder / "model"), "--data", text]
 
 
+def test_paper(tmp_path, model_and_text):
+    rows = run("paper", tmp_path, *model_and_text)
+    for kind in ("decode", "training step"):
+        own = [row for row in rows if row["kind"] == kind]
+        assert {row["model"] for row in own} == {"softmax", "window", "dijiang"}
+        assert all(float(row["softmax_ratio"]) == 1 for row in own if row["model"] == "softmax")
+    assert {path.name for path in tmp_path.glob("paper_*.png")} == {
+        "paper_decode.png", "paper_training.png", "paper_attention.png",
+    }  # fmt: skip
+
+
 def test_maps(tmp_path, model_and_text):
     rows = run("maps", tmp_path, *model_and_text)
     rows = {row["map"]: row for row in rows}
-    assert len(rows) == 14
+    assert len(rows) == 15
     for name, row in rows.items():
         assert bool(row["trained_error"]) == bool(row["parameters"])
         if row["parameters"]:

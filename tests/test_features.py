@@ -167,7 +167,7 @@ def test_wdcf_estimates_exp_with_chi_radius_and_signs():
         ("wdcf", {"frequencies", "log_weight", "beta"}),
         ("wdcf_pm", {"frequencies", "log_weight", "beta"}),
         ("learned", {"matrix", "log_weight", "beta"}),
-        ("learned_pm", {"matrix", "log_weight", "beta"}),
+        ("learned_pm", {"matrix", "log_weight", "beta"}), ("learned_softmax", {"matrix"}),
     ],
 )  # fmt: skip
 def test_what_is_learned_gets_gradients(name, learned):

@@ -5,6 +5,7 @@ import copy
 import dijiang
 import pytest
 import torch
+import transformers
 from dijiang import DiJiangCache, DiJiangConfig
 from tiny import tiny_model
 from transformers import DynamicCache
@@ -70,6 +71,10 @@ def test_left_padding_changes_nothing(model, prompts):
         assert torch.equal(together[row, 20:], alone[0, length:])
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="transformers 4 reads padded prompts in chunks wrongly, softmax models' too",
+)
 def test_prompt_in_chunks(model, prompts):
     whole = generate(model, prompts)
     assert torch.equal(generate(model, prompts, prefill_chunk_size=6), whole)

@@ -5,10 +5,12 @@ import copy
 import dijiang
 import pytest
 import torch
-from dijiang import DiJiangCache, DiJiangConfig
+from dijiang import DiJiangCache, DiJiangConfig, states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
+from transformers import DynamicCache, TextStreamer
+from transformers.cache_utils import DynamicLayer
 
 CONFIGS = {
     "default": DiJiangConfig(window=8, sinks=2, gate=0.0),
@@ -167,3 +169,109 @@ def test_what_cannot_be_saved_is_refused(model, tmp_path):
         dijiang.resume(model, DiJiangCache(model.config), ids_of(1, 3))
     with pytest.raises(ValueError, match=r"resume: ids must have shape \(1, n\)"):
         dijiang.resume(model, read(model, ids_of(1, 9)), ids_of(2, 3))
+
+
+def test_streams(model, file, capsys):
+    tokenizer, ids = tiny_tokenizer(), ids_of(1, 7, seed=1)
+    # Of whole characters alone: what a streamer prints of half ones is not what decode() makes.
+    odd = [i for i in range(512) if not tokenizer.decode([i]).isascii()]
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, suppress_tokens=odd)
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    whole = model.generate(ids, streamer=streamer, **options)
+    assert capsys.readouterr().out == tokenizer.decode(whole[0, 7:]) + "\n"
+    cache = dijiang.load_state(file, model)
+    new = dijiang.resume(model, cache, ids, streamer=streamer, **options)
+    assert capsys.readouterr().out == tokenizer.decode(new[0]) + "\n"
+
+
+# ---- rows of different ages ---------------------------------------------------------------------
+
+GREEDY = dict(do_sample=False, eos_token_id=None)
+LENGTHS = (23, 1, 50, 8)
+
+
+def apart(model, left):
+    """The last tokens of some prompts, a cache of each without them, and how each goes on alone."""
+    prompts = [ids_of(1, n + left, seed=n) for n in LENGTHS]
+    caches = [dijiang.prefill(model, ids[:, :-left]) for ids in prompts]
+    alone = [model.generate(x, max_new_tokens=40, **GREEDY)[0, x.shape[1] :] for x in prompts]
+    return torch.cat([ids[:, -left:] for ids in prompts]), caches, torch.stack(alone)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_of_different_ages_go_on_as_alone(name, tmp_path):
+    model = converted(CONFIGS[name])
+    last, caches, alone = apart(model, 3)
+    before = [copy.deepcopy(cache) for cache in caches]
+    stacked = states.stack_states(caches)
+    assert stacked.get_seq_length() == 50
+    file = dijiang.save_state(stacked, tmp_path / "state", model)
+    new = dijiang.resume(model, stacked, last, max_new_tokens=40, **GREEDY)
+    assert torch.equal(new, alone) and len(set(map(tuple, alone.tolist()))) == len(LENGTHS)
+    loaded = dijiang.load_state(file, model)
+    assert torch.equal(dijiang.resume(model, loaded, last, max_new_tokens=40, **GREEDY), alone)
+    for cache, kept in zip(caches, before, strict=True):
+        assert_same(cache, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_leave_and_others_come(name):
+    """Two rows of four are done after 10 tokens; another takes the place of one of them."""
+    model = converted(CONFIGS[name])
+    last, caches, alone = apart(model, 1)
+    cache = states.stack_states(caches[:3])
+    first = dijiang.resume(model, cache, last[:3], max_new_tokens=10, **GREEDY)
+    rows = states.split_states(cache)
+    assert [row.get_seq_length() for row in rows] == [n + 10 for n in LENGTHS[:3]]
+    cache = states.stack_states([caches[3], rows[1]])
+    ids = torch.cat([last[3:], first[1:2, -1:]])
+    new = dijiang.resume(model, cache, ids, max_new_tokens=30, **GREEDY)
+    assert torch.equal(first, alone[:3, :10])
+    assert torch.equal(new[0], alone[3, :30]) and torch.equal(new[1], alone[1, 10:])
+
+
+def test_splitting_takes_padding_off(model):
+    """A row that was padded is the row that was not."""
+    ids = ids_of(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :19] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = read(model, ids, attention_mask=mask, position_ids=positions)
+    for row, start in ((0, 19), (1, 0)):
+        one, alone = states.split_states(together)[row], read(model, ids[row : row + 1, start:])
+        assert one.get_seq_length() == alone.get_seq_length() == 50 - start
+        assert_same(one, alone, rtol=1e-4, atol=1e-5)  # batches of 1 and 2 round differently
+
+
+def assert_same(one, other, **tolerance):
+    for a, b in zip(one.layers, other.layers, strict=True):
+        if isinstance(a, DynamicLayer):
+            torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), **tolerance)
+        else:
+            tensors = [[x for x in layer.state if x is not None] for layer in (a, b)]
+            torch.testing.assert_close(*tensors, **tolerance)
+
+
+def test_only_states_of_one_model_are_stacked(model):
+    cache = read(model, ids_of(1, 9))
+    other = read(converted(CONFIGS["default"].replace(window=16)), ids_of(1, 9))
+    with pytest.raises(ValueError, match=r"caches\[1\] is of another config.* window=16 and not 8"):
+        states.stack_states([cache, other])
+    wide = read(converted(num_key_value_heads=4), ids_of(1, 9))
+    says = r"caches\[2\] is of another model .* 0\.kv is \(4, 16, 16\) of torch.float32 on cpu and"
+    with pytest.raises(ValueError, match=says):
+        states.stack_states([cache, cache, wide])
+    half = read(converted().to(torch.bfloat16), ids_of(1, 9))
+    with pytest.raises(ValueError, match=r"0\.window_k is .* of torch.bfloat16"):
+        states.stack_states([cache, half])
+    deep = read(converted(num_hidden_layers=3), ids_of(1, 9))
+    with pytest.raises(ValueError, match=r"2\.kv is .* and not None"):
+        states.stack_states([cache, deep])
+    with pytest.raises(ValueError, match=r"caches\[1\] is empty"):
+        states.stack_states([cache, DiJiangCache(model.config)])
+    with pytest.raises(ValueError, match="at least one cache, got none"):
+        states.stack_states([])
+    with pytest.raises(TypeError, match=r"caches\[0\] must be a DiJiangCache, got DynamicCache"):
+        states.stack_states([DynamicCache()])
+    with pytest.raises(TypeError, match="split_states: cache must be a DiJiangCache, got list"):
+        states.split_states([cache])

@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 
 # Everything is imported on first use: `import dijiang` alone loads neither torch nor the kernels.
-_MODULES = ("data", "evaluate", "ops", "plots", "reference")
+_MODULES = ("data", "evaluate", "export", "ops", "plots", "reference")
 _NAMES = {
     "AttentionKernel": "modules",
     "ConversionError": "conversion",
@@ -18,7 +18,10 @@ _NAMES = {
     "calibrate": "conversion",
     "convert": "conversion",
     "distill": "distillation",
+    "export_decode": "export",
+    "export_reference_checkpoint": "reference_checkpoint",
     "from_pretrained": "hub",
+    "import_reference_checkpoint": "reference_checkpoint",
     "is_converted": "conversion",
     "load_base": "hub",
     "load_state": "states",
@@ -27,7 +30,9 @@ _NAMES = {
     "resume": "states",
     "save_state": "states",
     "softmax_mode": "conversion",
+    "split_states": "states",
     "spread_hard_keys": "allocation",
+    "stack_states": "states",
 }
 
 

@@ -54,7 +54,9 @@ def dijiang_attention(
 ):
     """query (B, H, T, d), key (B, Hkv, S, d), value (B, Hkv, S, dv) -> (B, T, H, dv), None."""
     asked = refused_arguments(kwargs)
-    if is_causal is False or getattr(module, "is_causal", True) is False:
+    # Beside a mask, or for one token, False says that nothing is left to hide.
+    later = is_causal is False and attention_mask is None and query.shape[2] > 1
+    if later or getattr(module, "is_causal", True) is False:
         asked.append("attention to later tokens")
     if asked:
         raise NotImplementedError(
@@ -83,10 +85,14 @@ def dijiang_attention(
 
 
 def dijiang_mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function,
-    attention_mask=None, config=None, use_vmap=False, device=None, **kwargs,
+    batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0,
+    mask_function=causal_mask_function, attention_mask=None, config=None, use_vmap=False,
+    device=None, cache_position=None, **kwargs,
 ):  # fmt: skip
     """What a layer must know of the batch: see the module's docstring."""
+    if q_length is None:  # transformers told the queries' positions before it told their number
+        q_length = len(cache_position)
+        device = cache_position.device
     if use_vmap:  # a mask function of the model's own on top of the causal one
         return torch.zeros((), dtype=torch.int32, device=device)
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -96,6 +102,8 @@ def dijiang_mask(
         cu_seqlens = _packed_lengths(mask_function, batch_size, q_length, device)
         if cu_seqlens is None:
             return torch.zeros((), dtype=torch.int32, device=device)
+        if len(cu_seqlens) == batch_size + 1:  # one sequence a row: causal after all
+            cu_seqlens = None
     if attention_mask is None:
         return cu_seqlens
     if attention_mask.shape[1] < q_length:

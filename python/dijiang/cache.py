@@ -45,8 +45,11 @@ class DiJiangLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.11
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """(length of the context with the query, 0); ``query``: its length, once its positions."""
+        return self.seen + (len(query) if isinstance(query, Tensor) else query), 0
 
     def reset(self) -> None:
         self.state, self.seen, self.is_initialized = None, 0, False
@@ -105,7 +108,7 @@ class DiJiangCache(Cache):
                 "DiJiangCache: this config is not a converted model's. Call dijiang.convert(model) "
                 "first and give model.config"
             )
-        dijiang = DiJiangConfig.from_dict(values)
+        self.config = dijiang = DiJiangConfig.from_dict(values)
         super().__init__(
             layers=[
                 DiJiangLayer() if dijiang.converts(i) else DynamicLayer()

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 FEATURE_MAPS = (
-    "prf", "pff", "wpff", "wdcf", "wdcf_pm", "learned", "learned_pm", "softmax", "elu",
+    "prf", "pff", "wpff", "wdcf", "wdcf_pm", "learned", "learned_pm", "learned_softmax", "softmax",
+    "elu",
 )  # fmt: skip
 _CHOICES = {
     "feature_map": (None, *FEATURE_MAPS),
     "radius": ("normal", "chi"),
     "sampling": ("stratified", "iid"),
     "init": ("identity", "dct"),
-    "decay": (None, "head", "token"),
+    "decay": (None, "head", "token", "position"),
 }
 
 
@@ -36,8 +37,9 @@ class DiJiangConfig:
     'wdcf'
     """
 
-    #: ``prf``, ``pff``, ``wpff``, ``wdcf``, ``wdcf_pm``, ``learned``, ``learned_pm``, ``softmax``,
-    #: ``elu`` (see FeatureMap); None: no far keys at all, window and sinks alone.
+    #: ``prf``, ``pff``, ``wpff``, ``wdcf``, ``wdcf_pm``, ``learned``, ``learned_pm``,
+    #: ``learned_softmax``, ``softmax``, ``elu`` (see FeatureMap); None: no far keys at all, window
+    #: and sinks alone.
     feature_map: str | None = "learned_pm"
     #: Features a head. None: as many as the head has dimensions.
     num_features: int | None = None
@@ -65,8 +67,11 @@ class DiJiangConfig:
     gate: float | str = "auto"
     #: Forgetting of far keys: None, "head" (a constant a head), "token" (computed from the hidden
     #: state, a token and head). It starts as RetNet's: from head to head 1/32 to 1/512 is lost, a
-    #: token without a window, a window's length with one.
+    #: token without a window, a window's length with one. "position": the published code's, a
+    #: weight of each of ``num_positions`` positions as query and one as key, their product in the
+    #: place of the decay; needs ``normalize=False`` and no near keys.
     decay: str | None = None
+    num_positions: int | None = None
     #: Divide by the sum of weights. False is the paper's eq. 13.
     normalize: bool = True
     #: Group norm over the heads' outputs, then times silu(hidden W): what the published code puts
@@ -94,8 +99,9 @@ class DiJiangConfig:
             object.__setattr__(self, "cache_size", self.window)
         for name, least in (("window", 0), ("sinks", 0), ("cache_size", 0), ("seed", 0)):
             _check_int(name, getattr(self, name), least)
-        if self.num_features is not None:
-            _check_int("num_features", self.num_features, 1)
+        for name in ("num_features", "num_positions"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
         for name in ("beta", "gate"):
             value = getattr(self, name)
             if value != "auto":
@@ -109,6 +115,16 @@ class DiJiangConfig:
             raise ValueError(
                 f"DiJiangConfig: cache_size={self.cache_size} is of keys that leave a window, and "
                 "window is 0. Give a window, or cache_size=0"
+            )
+        if (self.decay == "position") != (self.num_positions is not None):
+            raise ValueError(
+                "DiJiangConfig: decay='position' and num_positions go together, got "
+                f"decay={self.decay!r} and num_positions={self.num_positions!r}"
+            )
+        if self.decay == "position" and (self.has_near or self.normalize):
+            raise ValueError(
+                "DiJiangConfig: decay='position' needs window=0, sinks=0 and normalize=False, got "
+                f"{self.window}, {self.sinks} and {self.normalize}"
             )
         if self.feature_map is None:
             if not self.window and not self.sinks:

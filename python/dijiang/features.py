@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._types import FeatureParams
 from .config import FEATURE_MAPS
 
-_KINDS = {"softmax": "softmax", "elu": "elu"}  # all others: "exp"
+_KINDS = {"softmax": "softmax", "learned_softmax": "softmax", "elu": "elu"}  # all others: "exp"
 _UNBIASED = ("prf", "pff")
 
 
@@ -30,13 +30,15 @@ class FeatureMap(nn.Module):
     ``learned``           the m x d matrix itself is learned
     ``learned_pm``        likewise, with the features of -x beside those of x
     ``softmax``           softmax over i of t_i (C^T x)_i / sqrt(scale): the published code's
+    ``learned_softmax``   likewise, with a learned m x d matrix in the place of diag(t) C^T
     ``elu``               1 + elu(x) (arXiv 2006.16236)
     ====================  ==========================================================================
 
     Frequencies t_i = F^-1(u_i), F the normal or the chi distribution (``radius``), u stratified or
     i.i.d. (``sampling``). For m > d each further block of d rows has signs of its own. Learned:
     ``log_weight`` = log D (wpff, wdcf, learned), ``frequencies`` t (wpff, wdcf, softmax),
-    ``matrix`` (learned), ``beta`` (wpff, wdcf, learned). Source: arXiv 2403.19928, eq. 9 to 12.
+    ``matrix`` (learned, learned_softmax), ``beta`` (wpff, wdcf, learned). Source: arXiv 2403.19928,
+    eq. 9 to 12.
 
     Shapes: x (batch, heads, seqlen, headdim) -> (batch, heads, seqlen, num_features), in the dtype
     of x; parameters are used in float32 (float64 for a float64 x).
@@ -77,11 +79,12 @@ class FeatureMap(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         rows = num_features // 2 if self.paired else num_features
         shape = (heads, rows, headdim)
-        weighted = feature_map not in ("prf", "pff", "softmax", "elu")
+        weighted = self.kind == "exp" and feature_map not in _UNBIASED
         if feature_map.startswith("learned"):
             if init == "dct":
                 t = _frequencies(heads, rows, headdim, radius, sampling, rng)
-                matrix = t[..., None] * _dct_rows(shape, _signs(shape, random_signs, rng))
+                signs = _signs(shape, random_signs, rng)
+                matrix = t[..., None] * _dct_rows(shape, signs, self.kind == "softmax")
             else:
                 matrix = _identity_rows(shape, rng)
             self.matrix = nn.Parameter(matrix.float())  # (heads, rows, headdim)
@@ -126,6 +129,8 @@ class FeatureMap(nn.Module):
         """(heads, num_features, headdim), differentiable in what is learned."""
         if self.feature_map.startswith("learned"):
             rows = self.matrix
+            if self.kind == "softmax":  # as for frequencies, but the matrix stays as published
+                rows = rows * self.headdim**0.25
         elif self.feature_map == "elu":
             return self.directions
         elif self.feature_map.startswith("wdcf") or self.feature_map == "softmax":

@@ -51,7 +51,8 @@ class AttentionKernel(nn.Module):
         self.mode = "student"
         self.cache_layer = self.hidden = self.loss = self.calibration = None
         self.compared: tuple[int, ...] = ()
-        self._kept = None  # see _kept_feature_params
+        self.relay = None  # see distributed.py
+        self._kept = None  # see _kept_params
 
         self.features_q = self.features_k = self.gate = None
         if config.feature_map is not None:
@@ -71,7 +72,7 @@ class AttentionKernel(nn.Module):
         # keys are a window away at least: with one it is what a window, not a token, takes away.
         forget = torch.linspace(math.log(1 / 32), math.log(1 / 512), kv_heads).exp()
         forget = forget / max(config.window, 1)
-        self.decay = self.decay_token = None
+        self.decay = self.decay_token = self.decay_position = None
         if config.decay == "head":
             self.decay = nn.Parameter(torch.log((1 - forget) / forget))
         elif config.decay == "token":
@@ -79,6 +80,8 @@ class AttentionKernel(nn.Module):
             nn.init.zeros_(self.decay_token.weight)
             with torch.no_grad():
                 self.decay_token.bias.copy_(torch.log((1 - forget) / forget))
+        elif config.decay == "position":
+            self.decay_position = PositionDecay(heads, forget, config.num_positions)
         # As many groups as a head has channels: the published code's, and its checkpoints'.
         self.norm = nn.GroupNorm(headdim_v, heads * headdim_v) if config.group_norm else None
         self.output_gate = None
@@ -117,8 +120,13 @@ class AttentionKernel(nn.Module):
             fq = fq._replace(log_weight=log_weight)
         return fq, fk
 
-    def _kept_feature_params(self, dtype, refresh: bool):
-        """feature_params for decoding: made once a generation, not once a token.
+    def _params(self, dtype):
+        """feature_params, and the tables of positions."""
+        tables = None if self.decay_position is None else self.decay_position.tables(dtype)
+        return *self.feature_params(dtype), tables
+
+    def _kept_params(self, dtype, refresh: bool):
+        """_params for decoding: made once a generation, not once a token.
 
         Kept until a longer input comes (``refresh``) or a parameter changes, which its version and
         address tell; a write through ``.data`` keeps both, but does not come between two tokens.
@@ -127,11 +135,13 @@ class AttentionKernel(nn.Module):
         tensors = [x for m in maps for x in m._parameters.values() if x is not None]
         if self.gate is not None:
             tensors.append(self.gate)
+        if self.decay_position is not None:
+            tensors += self.decay_position.parameters()
         if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
-            return self.feature_params(dtype)
+            return self._params(dtype)
         key = (dtype, [(x.data_ptr(), x._version) for x in tensors])
         if refresh or self._kept is None or self._kept[0] != key:
-            self._kept = key, self.feature_params(dtype)
+            self._kept = key, self._params(dtype)
         return self._kept[1]
 
     def train(self, mode: bool = True):
@@ -143,7 +153,12 @@ class AttentionKernel(nn.Module):
         if self.decay is not None:
             return F.logsigmoid(self.decay.to(dtype))
         if self.decay_token is not None:
+            hidden = hidden.to(self.decay_token.weight.dtype)
             return F.logsigmoid(self.decay_token(hidden).to(dtype)).transpose(1, 2)
+        if self.decay_position is not None:
+            raise NotImplementedError(
+                "dijiang: decay='position' also weighs queries and values: see PositionDecay.tables"
+            )
         return None
 
     def empty_state(self, batch: int, dtype, device) -> AttentionState:
@@ -171,17 +186,38 @@ class AttentionKernel(nn.Module):
     ):  # fmt: skip
         """Attends; with return_state also gives the state, which one token updates in place."""
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        if self.relay is not None:
+            if state is not None or return_state or cu_seqlens is not None:
+                raise ValueError(
+                    "sequence_parallel: states are handed from rank to rank, without a cache and "
+                    "packed sequences. Give use_cache=False and one sequence a row"
+                )
+            if seq_bounds is not None:
+                raise ValueError(
+                    "sequence_parallel: rows must have no padding: every rank's slice follows the "
+                    "one before. Leave attention_mask out"
+                )
+            state = self.relay.receive(self, q)
         if return_state and not torch.is_grad_enabled():
-            fq, fk = self._kept_feature_params(acc, refresh=q.shape[2] > 1)
+            fq, fk, tables = self._kept_params(acc, refresh=q.shape[2] > 1)
         else:
-            fq, fk = self.feature_params(acc)
+            fq, fk, tables = self._params(acc)
+        weight = None
+        if tables is None:
+            log_decay = self.log_decay(hidden, acc)
+        else:
+            positions = _positions(q, state, cu_seqlens, seq_bounds)
+            weight, weight_v, log_decay = PositionDecay.take(tables, positions)
+            v = v * weight_v[..., None].to(v.dtype)
         settings = dict(
             scale=self.scale, window=self.config.window, sinks=self.config.sinks,
-            cache_size=self.config.cache_size,
-            log_decay=self.log_decay(hidden, acc), normalize=self.config.normalize,
+            cache_size=self.config.cache_size, log_decay=log_decay,
+            normalize=self.config.normalize,
         )  # fmt: skip
         one_token = state is not None and q.shape[2] == 1 and seq_bounds is None
-        if one_token and return_state and not torch.is_grad_enabled():
+        if self.relay is not None:
+            out = self.relay.attend(q, k, v, fq, fk, state, **settings)
+        elif one_token and return_state and not torch.is_grad_enabled():
             out = ops.kernelized_attention_update(q, k, v, state, fq, fk, **settings)
         else:
             out = ops.kernelized_attention(
@@ -190,19 +226,69 @@ class AttentionKernel(nn.Module):
             )  # fmt: skip
             if return_state:
                 out, state = out
-        out = self._finish(out, hidden)
+        out = self._finish(out, hidden, weight)
         return (out, state) if return_state else out
 
-    def _finish(self, out: Tensor, hidden: Tensor | None) -> Tensor:
+    def _finish(self, out: Tensor, hidden: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        dtype = out.dtype
+        if weight is not None:
+            out = out * weight[..., None]
         if self.norm is None and self.output_gate is None:
-            return out
+            return out.to(dtype)
         batch, heads, seqlen, dv = out.shape
         flat = out.transpose(1, 2).reshape(batch, seqlen, heads * dv)
         if self.norm is not None:
-            flat = self.norm(flat.reshape(batch * seqlen, heads * dv)).reshape(flat.shape)
+            rows = flat.reshape(batch * seqlen, heads * dv).to(self.norm.weight.dtype)
+            flat = self.norm(rows).reshape(flat.shape)
         if self.output_gate is not None:
-            flat = flat * F.silu(self.output_gate(hidden))
-        return flat.reshape(batch, seqlen, heads, dv).transpose(1, 2)
+            flat = flat * F.silu(self.output_gate(hidden.to(self.output_gate.weight.dtype)))
+        return flat.reshape(batch, seqlen, heads, dv).transpose(1, 2).to(dtype)
+
+
+class PositionDecay(nn.Module):
+    """The published code's decay: a weight of each position, ``w_ts`` times ``query_t key_s``.
+
+    ``key`` may grow and ``query`` shrink beyond what sums in float32 can hold together, so their
+    product is given as ``weight_t weight_v_s exp(sum_{r=s+1..t} log_decay_r)`` relative to the
+    largest ``|key|`` up to each position. Beyond the last position, its weights and decay go on.
+
+    Shapes: ``query`` (heads, num_positions), ``key`` (kv_heads, num_positions).
+    """
+
+    def __init__(self, heads: int, forget: Tensor, num_positions: int):
+        super().__init__()
+        log_keep = -torch.log1p(-forget)[:, None] * torch.arange(num_positions)
+        log_keep = log_keep.clamp(max=80)  # float32 has no room for more
+        groups = heads // len(forget)
+        self.query = nn.Parameter(torch.exp(-log_keep).repeat_interleave(groups, 0))
+        self.key = nn.Parameter(torch.exp(log_keep))
+
+    def tables(self, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """weight (heads, num_positions), weight_v and log_decay (kv_heads, num_positions)."""
+        query, key = self.query.to(dtype), self.key.to(dtype)
+        # It cancels out of the product, so it needs no gradient.
+        largest = key.detach().abs().cummax(1).values.clamp_min(torch.finfo(dtype).tiny)
+        log_decay = F.pad(-largest.double().log().diff(dim=1), (1, 0)).to(dtype)
+        groups = query.shape[0] // key.shape[0]
+        return query * largest.repeat_interleave(groups, 0), key / largest, log_decay
+
+    @staticmethod
+    def take(tables, positions: Tensor) -> tuple[Tensor, ...]:
+        """Each table at positions (batch, seqlen): (batch, heads or kv_heads, seqlen)."""
+        at = positions.clamp(max=tables[0].shape[1] - 1)
+        return tuple(table[:, at].transpose(0, 1) for table in tables)
+
+
+def _positions(q: Tensor, state, cu_seqlens, seq_bounds) -> Tensor:
+    """(batch, seqlen): of each token in its own sequence; anything for padding."""
+    at = torch.arange(q.shape[2], device=q.device)
+    if cu_seqlens is not None:
+        own = torch.searchsorted(cu_seqlens, at, right=True) - 1
+        at = at - cu_seqlens[own]
+        return (at if state is None else at + state.length[own])[None]
+    at = at[None] if seq_bounds is None else (at - seq_bounds[:, :1]).clamp(min=0)
+    at = at if state is None else at + state.length[:, None]
+    return at.expand(len(q), -1)
 
 
 def kernels_by_layer(model: nn.Module) -> dict[int, AttentionKernel]:

@@ -1,15 +1,17 @@
-"""What a model has read, as a file: prefilled once, gone on from as often as wanted."""
+"""What a model has read: as a file to go on from, and as a row of a batch of any lengths."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,18 +82,9 @@ def save_state(cache: DiJiangCache, path: str | os.PathLike, model) -> pathlib.P
     >>> dijiang.save_state(cache, "book.safetensors", model)                   # doctest: +SKIP
     """
     check_converted(model, "save_state")
-    if not isinstance(cache, DiJiangCache):
-        raise TypeError(f"save_state: cache must be a DiJiangCache, got {type(cache).__name__}")
-    if not cache.get_seq_length():
-        raise ValueError("save_state: the cache is empty. Let the model read something first")
-    tensors = {}
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DiJiangLayer):
-            fields = layer.state._asdict()
-        else:
-            fields = {"keys": layer.keys, "values": layer.values}
-        tensors |= {f"{index}.{name}": x for name, x in fields.items() if x is not None}
-    _check_shapes("save_state", "the cache", tensors, model)
+    check_filled("save_state", "the cache", cache)
+    tensors = tensors_by_name(cache)
+    check_shapes("save_state", "the cache", tensors, model)
     metadata = {
         "format": _FORMAT,
         "version": str(VERSION),
@@ -129,7 +122,7 @@ def load_state(path: str | os.PathLike, model) -> DiJiangCache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"load_state: {path} is damaged: {error}") from error
-    _check_shapes("load_state", str(path), tensors, model)
+    check_shapes("load_state", str(path), tensors, model)
     cache = DiJiangCache(model.config)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DiJiangLayer):
@@ -163,7 +156,7 @@ def resume(model, cache: DiJiangCache, ids: Tensor, **options) -> Tensor:
     check_converted(model, "resume")
     if not cache.get_seq_length():
         raise ValueError("resume: the cache is empty. Call model.generate")
-    lengths = next(x.state.length for x in cache.layers if isinstance(x, DiJiangLayer))
+    lengths = _lengths(cache)
     batch, seen = lengths.shape[0], cache.get_seq_length()
     if ids.ndim != 2 or ids.shape[0] != batch or not ids.shape[1]:
         raise ValueError(
@@ -180,6 +173,128 @@ def resume(model, cache: DiJiangCache, ids: Tensor, **options) -> Tensor:
     return out[:, everything.shape[1] :]
 
 
+def stack_states(caches: Iterable[DiJiangCache]) -> DiJiangCache:
+    """One cache of all rows of several, which may have read different numbers of tokens.
+
+    Each row goes on, in resume, as it would have alone. The caches given are left as they are.
+
+    Args:
+        caches: of one model, each after it has read something; padding on the left.
+
+    Raises:
+        TypeError: one is no DiJiangCache.
+        ValueError: there is none, one is empty, or one is of another configuration, size, dtype or
+            device than the first.
+
+    >>> caches = [dijiang.prefill(model, ids[:, :-1]) for ids in prompts]      # doctest: +SKIP
+    >>> last = torch.cat([ids[:, -1:] for ids in prompts])                     # doctest: +SKIP
+    >>> cache = dijiang.stack_states(caches)                                   # doctest: +SKIP
+    >>> dijiang.resume(model, cache, last, max_new_tokens=50)                  # doctest: +SKIP
+    """
+    caches = list(caches)
+    _check_alike(caches)
+    seen = max(int(_lengths(cache).max()) for cache in caches)
+    stacked = _with_own_layers(caches[0])
+    for layer, *layers in zip(stacked.layers, *(cache.layers for cache in caches), strict=True):
+        if isinstance(layer, DiJiangLayer):
+            fields = zip(*(one.state for one in layers), strict=True)
+            layer.state = AttentionState(*(None if x[0] is None else torch.cat(x) for x in fields))
+            layer.seen = seen
+        else:
+            for name in ("keys", "values"):  # those of shorter rows move right, to end together
+                rows = (getattr(one, name) for one in layers)
+                rows = [F.pad(x, (0, 0, seen - x.shape[2], 0)) for x in rows]
+                setattr(layer, name, torch.cat(rows))
+    return stacked
+
+
+def split_states(cache: DiJiangCache) -> list[DiJiangCache]:
+    """A cache for each row of one: what stack_states put together, taken apart.
+
+    So rows leave a batch and others take their place. The cache given is left as it is.
+
+    Raises:
+        TypeError: cache is no DiJiangCache.
+        ValueError: it is empty.
+
+    >>> rows = dijiang.split_states(cache)                                     # doctest: +SKIP
+    >>> rows[2] = dijiang.prefill(model, another[:, :-1])                      # doctest: +SKIP
+    >>> cache = dijiang.stack_states(rows)                                     # doctest: +SKIP
+    """
+    check_filled("split_states", "cache", cache)
+    rows = []
+    for row in range(len(_lengths(cache))):
+        one = _with_own_layers(cache)
+        one.batch_select_indices(torch.tensor([row]))
+        rows.append(stack_states([one]))
+    return rows
+
+
+def _with_own_layers(cache: DiJiangCache) -> DiJiangCache:
+    """A copy whose layers can be given other tensors."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def _lengths(cache: DiJiangCache) -> Tensor:
+    """int64 (batch,): the tokens that each row has read, without padding."""
+    return next(x.state.length for x in cache.layers if isinstance(x, DiJiangLayer))
+
+
+def tensors_by_name(cache: DiJiangCache) -> dict[str, Tensor]:
+    """All that the cache holds, by layer and name."""
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DiJiangLayer):
+            fields = layer.state._asdict()
+        else:
+            fields = {"keys": layer.keys, "values": layer.values}
+        tensors |= {f"{index}.{name}": x for name, x in fields.items() if x is not None}
+    return tensors
+
+
+def check_filled(what: str, name: str, cache) -> None:
+    if not isinstance(cache, DiJiangCache):
+        raise TypeError(f"{what}: {name} must be a DiJiangCache, got {type(cache).__name__}")
+    if not cache.get_seq_length():
+        raise ValueError(f"{what}: {name} is empty. Let the model read something first")
+
+
+def _check_alike(caches: list) -> None:
+    if not caches:
+        raise ValueError("stack_states: caches must hold at least one cache, got none")
+    first = None
+    for i, cache in enumerate(caches):
+        check_filled("stack_states", f"caches[{i}]", cache)
+        if other := _other_fields(cache.config.to_dict(), caches[0].config.to_dict()):
+            raise ValueError(
+                f"stack_states: caches[{i}] is of another configuration than caches[0]: {other}"
+            )
+        kinds = {name: _kind(name, x) for name, x in tensors_by_name(cache).items()}
+        first = kinds if first is None else first
+        for name in first | kinds:
+            if first.get(name) != kinds.get(name):
+                raise ValueError(
+                    f"stack_states: caches[{i}] is of another model than caches[0]: {name} is "
+                    f"{kinds.get(name)} and not {first.get(name)}"
+                )
+
+
+def _kind(name: str, x: Tensor) -> str:
+    """Shape of a row, without the keys that softmax layers have more or fewer of; dtype; device."""
+    shape = list(x.shape[1:])
+    if name.endswith((".keys", ".values")):
+        shape[1] = "n"
+    return f"({', '.join(map(str, shape))}) of {x.dtype} on {x.device}"
+
+
+def _other_fields(config: dict, own: dict) -> str:
+    """The fields of config that differ from our own, in words."""
+    other = [key for key in own if own[key] != config.get(key)]
+    return ", ".join(f"{key}={config.get(key)!r} and not {own[key]!r}" for key in other)
+
+
 def _check_model(path, metadata, model) -> None:
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"load_state: {path} holds no state. save_state writes one")
@@ -192,10 +307,8 @@ def _check_model(path, metadata, model) -> None:
     if metadata["model"] != name:
         raise ValueError(f"load_state: {path} is of a {metadata['model']}, this is a {name}")
     config, own = json.loads(metadata["config"]), json.loads(json.dumps(model.config.dijiang))
-    other = [key for key in own if own[key] != config.get(key)]
-    if other:
-        said = ", ".join(f"{key}={config.get(key)!r} and not {own[key]!r}" for key in other)
-        raise ValueError(f"load_state: {path} is of another configuration: {said}")
+    if other := _other_fields(config, own):
+        raise ValueError(f"load_state: {path} is of another configuration: {other}")
     if metadata["weights"] != _fingerprint(model):
         raise ValueError(
             f"load_state: {path} is of a {name} with other weights (or of another dtype): the "
@@ -203,7 +316,7 @@ def _check_model(path, metadata, model) -> None:
         )
 
 
-def _check_shapes(what: str, source: str, tensors: dict[str, Tensor], model) -> None:
+def check_shapes(what: str, source: str, tensors: dict[str, Tensor], model) -> None:
     """Every tensor of every layer, in its shape but for the batch's."""
     wanted, layers = {}, kernels_by_layer(model)
     batch = next((x.shape[0] for x in tensors.values()), 1)

@@ -148,11 +148,20 @@ def _weights(kernel, q, k, v, hidden) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
     one_hot = torch.eye(n, device=q.device).expand(1, k.shape[1], n, n)
     fq, fk = kernel.feature_params()
+    by_position = kernel.decay_position
+    if by_position is None:
+        log_decay = kernel.log_decay(hidden)
+    else:
+        positions = torch.arange(n, device=q.device)[None]
+        _, weight, log_decay = by_position.take(by_position.tables(), positions)
+        one_hot = one_hot * weight[..., None]
     student = reference.kernelized_attention(
         q, k, one_hot, fq, fk, scale=kernel.scale, window=kernel.config.window,
         sinks=kernel.config.sinks, cache_size=kernel.config.cache_size,
-        hard_keys=kernel.hard_keys(q, k, v.float()), log_decay=kernel.log_decay(hidden),
+        hard_keys=kernel.hard_keys(q, k, v.float()), log_decay=log_decay,
     )[0]  # fmt: skip
+    if by_position is not None:  # its weights are not in the denominator
+        student = student / student.sum(-1, keepdim=True)
     scores = kernel.scale * (q @ k.repeat_interleave(kernel.groups, 1).mT)[0]
     later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -torch.inf).softmax(-1), student

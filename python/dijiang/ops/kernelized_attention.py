@@ -90,15 +90,15 @@ def kernelized_attention(
     """
     op = "kernelized_attention"
     q, k, v = autocast(q, k, v)
-    params, log_decay, kind, scale = _prepare(
+    params, log_decay, kind, scale = prepare(
         op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps
     )
     segments = segments_of(op, q, cu_seqlens, seq_bounds)
     num_seqs = q.shape[0] if segments is None else segments.shape[0]
     initial = AttentionState(*(None,) * 9)
     if initial_state is not None:
-        _check_state(op, "initial_state", initial_state, num_seqs, q, k, v, fk, window, sinks,
-                     cache_size, log_decay)  # fmt: skip
+        check_state(op, "initial_state", initial_state, num_seqs, q, k, v, fk, window, sinks,
+                    cache_size, log_decay)  # fmt: skip
         _check_no_gradient(op, initial_state, window, sinks)
         initial = AttentionState(*(None if x is None else x.contiguous() for x in initial_state))
         if not (window or sinks):
@@ -112,14 +112,15 @@ def kernelized_attention(
     )  # fmt: skip
     results = [out]
     if return_state:
-        results.append(_final_state(state, initial_state, q, segments, window, sinks, cache_size,
-                                    log_decay))  # fmt: skip
+        results.append(finished_state(state, initial_state, q, segments, window, sinks, cache_size,
+                                      log_decay))  # fmt: skip
     if return_hard_keys:
         results.append(chosen if hard_keys is None else hard_keys)
     return tuple(results) if len(results) > 1 else out
 
 
-def _final_state(state, initial_state, q, segments, window, sinks, cache_size, log_decay):
+def finished_state(state, initial_state, q, segments, window, sinks, cache_size, log_decay):
+    """What kernelized_attention_fwd returned as the final state, with None where nothing is."""
     state = AttentionState(*state)
     if not cache_size:
         state = AttentionState(*state[:9])
@@ -185,12 +186,12 @@ def kernelized_attention_update(
         params = _params_of(fq, fk)
     else:
         given_decay = log_decay
-        params, log_decay, kind, scale = _prepare(
+        params, log_decay, kind, scale = prepare(
             op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps
         )
         check_one_token(op, q)
-        _check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, cache_size,
-                     log_decay)  # fmt: skip
+        check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, cache_size,
+                    log_decay)  # fmt: skip
         for name, x in zip(state._fields, state, strict=True):
             if x is not None and not x.is_contiguous():
                 raise ValueError(f"{op}: state.{name} must be contiguous: it is written in place")
@@ -243,7 +244,7 @@ def _params_of(fq, fk):
     return (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
 
 
-def _prepare(op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps):
+def prepare(op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps):
     check_qkv(op, q, k, v, "headdim")
     check_eps(op, eps)
     scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale
@@ -279,7 +280,7 @@ def _prepare(op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, e
     return params, log_decay, kind, scale
 
 
-def _check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_size, log_decay):
+def check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_size, log_decay):
     if not isinstance(state, AttentionState):
         raise TypeError(f"{op}: {name} must be AttentionState, got {type(state).__name__}")
     acc = acc_dtype(q.dtype)
