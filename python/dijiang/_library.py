@@ -40,6 +40,18 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA: install a CUDA build of torch"
     try:
+        from ._core import build_info
+
+        built = build_info()["cuda"]
+    except ImportError:
+        built = torch.version.cuda  # unknown without _core
+    # Where CUDA is installed, a second runtime of another version would load without a word.
+    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"dijiang's CUDA operators were built with CUDA {built}, torch {torch.__version__} has "
+            f"{torch.version.cuda}: install a torch of the same major version, or {_REBUILD} anew"
+        )
+    try:
         _load(path)
     except ImportError as error:
         return str(error)

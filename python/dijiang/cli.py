@@ -495,15 +495,14 @@ else:
         _print(facts, as_json, "\n".join(lines))
 
     def _facts() -> dict[str, Any]:
-        import importlib
+        import importlib.metadata
         import importlib.util
         import platform
 
         import torch
 
-        from . import __version__
+        from . import __version__, _library
 
-        folder = Path(__file__).parent
         facts: dict[str, Any] = {
             "dijiang": __version__,
             "python": platform.python_version(),
@@ -513,7 +512,11 @@ else:
         for name in ("transformers", "matplotlib", "datasets"):
             found = importlib.util.find_spec(name)
             facts[name] = importlib.metadata.version(name) if found else "not installed"
-        facts["cpu_kernels"] = "built" if (folder / "dijiang_ops.so").exists() else "not built"
+        try:
+            _library.load()
+            facts["cpu_kernels"] = "built"
+        except ImportError as error:
+            facts["cpu_kernels"] = f"not usable: {error}"
         try:
             built = importlib.import_module("dijiang._core").build_info()
         except ImportError as error:
@@ -523,16 +526,15 @@ else:
             facts["compiler"] = built["compiler"]
             levels = {4: "AVX-512", 3: "AVX2"}
             facts["cpu_instructions"] = levels.get(built["cpu_level"], "portable")
-        cuda_built = (folder / "dijiang_ops_cuda.so").exists()
-        facts["cuda_kernels"] = (
-            "built" if cuda_built else "not built (no CUDA compiler, or turned off)"
-        )
-        if cuda_built and built.get("cuda"):
+        why_no_cuda = _library.why_no_cuda()
+        facts["cuda_kernels"] = f"not usable: {why_no_cuda}" if why_no_cuda else "built"
+        if built.get("cuda"):
             facts["cuda_compiler"] = built["cuda"]
             facts["cuda_architectures"] = ", ".join(built["cuda_architectures"])
         cuda = torch.cuda.is_available()
         facts["cuda_device"] = torch.cuda.get_device_name() if cuda else "none usable"
-        facts["usable"] = "cpu, cuda" if cuda_built and cuda else "cpu"
+        usable = ["cpu"] * (facts["cpu_kernels"] == "built") + ["cuda"] * (cuda and not why_no_cuda)
+        facts["usable"] = ", ".join(usable) or "nothing"
         return facts
 
     # ---- what the commands share ----------------------------------------------------------------

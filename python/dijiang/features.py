@@ -22,17 +22,17 @@ class FeatureMap(nn.Module):
 
         log phi_i(x) = omega_i.x + log D_i - beta |x|^2 - log(m) / 2      i = 1..m
 
-    ====================  ==========================================================================
-    ``prf``               Gaussian orthogonal directions, beta 1/2 (Performer, arXiv 2009.14794)
-    ``pff``, ``wpff``     omega_i = t_i y_i, y on the sphere; the paper's eq. 9 and, with D, eq. 10
-    ``wdcf``              omega_i = t_i (C S)_i, C the DCT-II matrix, S signs; the paper's eq. 12
-    ``wdcf_pm``           the same for m / 2 rows, with the features of -x beside those of x
-    ``learned``           the m x d matrix itself is learned
-    ``learned_pm``        likewise, with the features of -x beside those of x
-    ``softmax``           softmax over i of t_i (C^T x)_i / sqrt(scale): the published code's
-    ``learned_softmax``   likewise, with a learned m x d matrix in the place of diag(t) C^T
-    ``elu``               1 + elu(x) (arXiv 2006.16236)
-    ====================  ==========================================================================
+        ====================  ======================================================================
+        ``prf``               Gaussian orthogonal directions, beta 1/2 (Performer, arXiv 2009.14794)
+        ``pff``, ``wpff``     omega_i = t_i y_i, y on the sphere; the paper's eq. 9; with D, eq. 10
+        ``wdcf``              omega_i = t_i (C S)_i, C the DCT-II, S signs; the paper's eq. 12
+        ``wdcf_pm``           the same for m / 2 rows, with the features of -x beside those of x
+        ``learned``           the m x d matrix itself is learned
+        ``learned_pm``        likewise, with the features of -x beside those of x
+        ``softmax``           softmax over i of t_i (C^T x)_i / sqrt(scale): the published code's
+        ``learned_softmax``   likewise, with a learned m x d matrix in the place of diag(t) C^T
+        ``elu``               1 + elu(x) (arXiv 2006.16236)
+        ====================  ======================================================================
 
     Frequencies t_i = F^-1(u_i), F the normal or the chi distribution (``radius``), u stratified or
     i.i.d. (``sampling``). For m > d each further block of d rows has signs of its own. Learned:

@@ -99,8 +99,7 @@ def causal_linear_attention_update(
     Returns:
         (B, H, 1, dv). It has no gradient: to ask for one is an error.
 
-    Raises:
-        As causal_linear_attention.
+    Raises what causal_linear_attention does.
 
         >>> q = torch.rand(1, 2, 5, 16)
         >>> _, state = causal_linear_attention(q, q, q, return_state=True)

@@ -165,8 +165,7 @@ def kernelized_attention_update(
     Returns:
         (B, H, 1, dv). It has no gradient: to ask for one is an error.
 
-    Raises:
-        As kernelized_attention.
+    Raises what kernelized_attention does.
 
         >>> from dijiang.ops import empty_attention_state
         >>> state = empty_attention_state(1, 2, 0, 8, 8, window=4, sinks=1, dtype=torch.float32,
