@@ -123,5 +123,6 @@ def test_sharded_is_data_parallel(settings, tmp_path):
         torch.testing.assert_close(weight, other.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_sequence_parallel(settings, tmp_path):
-    assert "sequence_parallel.py"
+def test_slices_of_rows(settings, tmp_path):
+    assert len(torchrun("sequence_parallel.py", *settings, "--out", str(tmp_path))) == 4
+    trained(tmp_path)

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from dijiang import DiJiangConfig, KernelizedAttention
-from dijiang.modules import AttentionKernel, PositionDecay
+from dijiang.modules import AttentionKernel
+from dijiang.position_decay import PositionDecay
 from dijiang.reference_checkpoint import export_reference_checkpoint, import_reference_checkpoint
 from tiny import tiny_model
 from transformers import GPTNeoXConfig

@@ -7,7 +7,9 @@ import importlib
 __version__ = "0.1.0"
 
 # Everything is imported on first use: `import dijiang` alone loads neither torch nor the kernels.
-_MODULES = ("data", "evaluate", "export", "ops", "plots", "reference")
+_MODULES = (
+    "data", "distributed", "evaluate", "export", "ops", "plots", "reference", "tensor_parallel",
+)  # fmt: skip
 _NAMES = {
     "AttentionKernel": "modules",
     "ConversionError": "conversion",
