@@ -6,7 +6,9 @@ import shlex
 import subprocess
 import sys
 
+import dijiang
 import pytest
+import torch
 
 pytest.importorskip("typer")
 
@@ -33,7 +35,7 @@ def tiny_default(tmp_path_factory, monkeypatch, tmp_path):
 def test_every_block_is_of_a_kind_that_is_run():
     fences = re.findall(r"^```(\w*)$", README, flags=re.M)
     assert fences[1::2] == [""] * (len(fences) // 2)  # every second one closes
-    assert set(fences[::2]) == {"python", "sh"}
+    assert set(fences[::2]) == {"diff", "python", "sh"}
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
@@ -43,6 +45,20 @@ def test_python(index, tiny_default, capsys):
     code = code.replace("distill(model, train,", "distill(model, train[:4096],")
     code = code.replace("tokenizer, 1024)", "tokenizer, 1024, blocks=4)").replace("65536", "2048")
     exec(compile(code, f"README.md, Python block {index}", "exec"), {})
+
+
+def test_lines_of_a_script(tiny_default):
+    """The script as the diff leaves it."""
+    (diff,) = blocks("diff")
+    code = re.sub(r"^[+ ]", "", re.sub(r"^-.*\n", "", diff, flags=re.M), flags=re.M)
+    rows = torch.randint(2, 500, (2, 300), generator=torch.Generator().manual_seed(0))
+    known = {
+        "name": tiny_default, "rows": rows,
+        "dataset": [{"input_ids": row, "labels": row} for row in rows],
+        "arguments": dict(max_steps=1, report_to="none", use_cpu=True, save_strategy="no"),
+    }  # fmt: skip
+    exec(compile(code, "README.md, diff", "exec"), known)
+    assert dijiang.is_converted(known["model"])
 
 
 def shell_lines() -> list[str]:
