@@ -265,3 +265,10 @@ def test_refuses_data(ids):
         distill(model, ids[:, :12], transfer=24)
     with pytest.raises(ValueError, match="not converted"):
         distill(tiny_model(), ids)
+
+
+def test_refuses_an_adapter(ids):
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(student(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"got PeftModel.*merge_and_unload"):
+        dijiang.distill(lora, ids)

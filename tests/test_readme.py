@@ -116,8 +116,6 @@ def test_folders_named_exist():
 
 def test_bash_names_in_guides_are_commands():
     """The guides' indented examples name commands and functions that exist."""
-    import dijiang
-
     for page in (ROOT / "docs").glob("*.md"):
         for name in re.findall(r"\bdijiang\.([a-zA-Z_]+)\(", page.read_text()):
             assert hasattr(dijiang, name), f"{page.name}: dijiang.{name}"

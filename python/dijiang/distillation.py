@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -98,6 +98,7 @@ def distill(
         DistillResult
 
     Raises:
+        TypeError: a PEFT model, or data of a kind that is not known.
         ValueError: the model is not converted, or the data or an argument does not fit.
 
     Source: attention transfer as in LoLCATs (arXiv 2410.10254); DiJiang fine-tunes on text alone.
@@ -110,6 +111,12 @@ def distill(
         raise ValueError(
             f"distill: this {type(model).__name__} is not converted. Call dijiang.convert(model) "
             "first"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"distill: expected the transformers model that convert was given, got "
+            f"{type(model).__name__}. An adapter is trained by Trainer (examples/lora.py), or "
+            "merge_and_unload() it first"
         )
     if train not in TRAINABLE:
         raise ValueError(f"distill: train must be one of {', '.join(TRAINABLE)}, got {train!r}")
