@@ -309,7 +309,8 @@ def draw_training(rows: Mapping[str, dict], path: Path) -> None:
     for name, row in rows.items():
         losses, tokens = row["training"].get("losses", ()), row["training"].get("tokens")
         ends = [len(losses) >> halvings for halvings in (4, 3, 2, 1, 0)]
-        if "transfer_tokens" in row["train"] or ends[0] < 1:
+        by_kl = "transfer_tokens" not in row["train"] and row["train"].get("kl_weight", 1)
+        if not by_kl or ends[0] < 1:
             continue
         series[name] = [
             (round(tokens * end / len(losses)), statistics.fmean(losses[end // 2 : end]))
