@@ -310,7 +310,7 @@ def draw_training(rows: Mapping[str, dict], path: Path) -> None:
         losses, tokens = row["training"].get("losses", ()), row["training"].get("tokens")
         ends = [len(losses) >> halvings for halvings in (4, 3, 2, 1, 0)]
         by_kl = "transfer_tokens" not in row["train"] and row["train"].get("kl_weight", 1)
-        if not by_kl or ends[0] < 1:
+        if not by_kl or ends[0] < 4:  # a mean of fewer steps says little
             continue
         series[name] = [
             (round(tokens * end / len(losses)), statistics.fmean(losses[end // 2 : end]))

@@ -154,20 +154,21 @@ def test_quality(tmp_path, model_and_text):
 
 
 def test_training_curves(bench, tmp_path, monkeypatch):
-    """Means since half as many tokens; transfer is another loss."""
+    """Means since half as many tokens; transfer and text have other losses."""
     from dijiang import plots
 
     drawn = []
     monkeypatch.setattr(plots, "lines", lambda series, path, **words: drawn.append(series))
-    training = {"losses": [float(i) for i in range(16)], "tokens": 160}
+    training = {"losses": [float(i) for i in range(64)], "tokens": 640}
     rows = {
-        "kl": {"training": training, "train": {"tokens": 160}},
-        "short": {"training": training | {"losses": [1.0] * 15}, "train": {}},
-        "transfer": {"training": training, "train": {"transfer_tokens": 160}},
+        "kl": {"training": training, "train": {"tokens": 640}},
+        "short": {"training": training | {"losses": [1.0] * 63}, "train": {}},
+        "transfer": {"training": training, "train": {"transfer_tokens": 640}},
+        "text": {"training": training, "train": {"lm_weight": 1.0, "kl_weight": 0.0}},
         "untrained": {"training": {}, "train": {}},
     }
     bench.quality.draw_training(rows, tmp_path / "x.png")
-    assert drawn == [{"kl": [(10, 0), (20, 1), (40, 2.5), (80, 5.5), (160, 11.5)]}]
+    assert drawn == [{"kl": [(40, 2.5), (80, 5.5), (160, 11.5), (320, 23.5), (640, 47.5)]}]
 
 
 @pytest.mark.parametrize("size", [3, 100])
