@@ -232,6 +232,22 @@ def test_gradient_checkpointing(ids):
         torch.testing.assert_close(parameter.grad, plain[name])
 
 
+def test_compiled(ids):
+    """A whole model, traced ahead of time where its graph does not break, padded and not."""
+    model = dijiang.convert(tiny_model(), NEAR_AND_FAR).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for attention_mask in (None, mask):
+        grads = []
+        for run in (model, compiled):
+            model.zero_grad()
+            loss = run(input_ids=ids, attention_mask=attention_mask, labels=ids).loss
+            loss.backward()
+            grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(ids, dtype):
     model = dijiang.convert(tiny_model().to(dtype), NEAR_AND_FAR)
