@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from common import arguments, interleaved, table, write
 from dijiang import convert, evaluate, load_base
-from dijiang.modules import AttentionKernel
+from dijiang.modules import kernels_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,8 +40,7 @@ def random_model(settings: Mapping, positions: int) -> nn.Module:
 def both(softmax: nn.Module) -> dict[str, nn.Module]:
     """The model and its converted copy, whose far keys are computed though their gate is closed."""
     converted = convert(copy.deepcopy(softmax))
-    kernels = [x for x in converted.modules() if isinstance(x, AttentionKernel)]
-    if not all(kernel.num_features > 0 for kernel in kernels):
+    if not all(kernel.num_features > 0 for kernel in kernels_of(converted)):
         raise SystemExit("model.py: the converted model has no far keys: this measures a window")
     return {SOFTMAX: softmax, DIJIANG: converted}
 

@@ -88,10 +88,10 @@ def test_closed_far_keys_are_calibrated_first(ids):
     model = student()
     result = distill(model, ids[:8], transfer=128)
     assert "calibrated on 512 tokens" in result.start
-    assert not dijiang.conversion._kernels(model)[0].closed
+    assert not dijiang.modules.kernels_of(model)[0].closed
     closed = student()
     distill(closed, ids[:8], transfer=128, calibrate=False)
-    assert dijiang.conversion._kernels(closed)[0].closed
+    assert dijiang.modules.kernels_of(closed)[0].closed
 
 
 def test_leaves_the_model_as_found(ids):
@@ -103,7 +103,7 @@ def test_leaves_the_model_as_found(ids):
     assert not frozen.requires_grad
     assert all(p.requires_grad for p in model.parameters() if p is not frozen)
     assert all(p.grad is None for p in model.parameters())
-    assert all(k.mode == "student" and k.loss is None for k in dijiang.conversion._kernels(model))
+    assert all(k.mode == "student" and k.loss is None for k in dijiang.modules.kernels_of(model))
 
 
 @pytest.mark.parametrize("train", ["dijiang", "attention", "all"])

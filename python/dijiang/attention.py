@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from .calibration import calibrate_gate
-from .modules import AttentionKernel
+from .modules import AttentionKernel, kernels_of
 
 #: The name convert puts in config._attn_implementation.
 NAME = "dijiang"
@@ -187,7 +187,7 @@ def kernel_mode(model, mode: str):
       0, so that a head without output has no error. Where ``kernel.compared`` has cache sizes, its
       errors with each of them: (sizes + 1, heads).
     """
-    kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
+    kernels = kernels_of(model)
     for kernel in kernels:
         kernel.mode = mode
     try:

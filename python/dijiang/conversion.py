@@ -25,7 +25,7 @@ from .attention import (
 from .cache import DiJiangCache
 from .config import DiJiangConfig
 from .evaluate import summed_loss
-from .modules import CLOSED, AttentionKernel
+from .modules import CLOSED, AttentionKernel, kernels_of
 
 _PROBE = "dijiang_probe"
 
@@ -152,7 +152,7 @@ def calibrate(
     """
     check_converted(model, "calibrate")
     ids = as_batch(ids, "calibrate").to(model.device)
-    kernels = [kernel for kernel in _kernels(model) if kernel.gate is not None]
+    kernels = [kernel for kernel in kernels_of(model) if kernel.gate is not None]
     if not kernels:
         return model
     window = max(kernel.config.window for kernel in kernels)
@@ -176,9 +176,9 @@ def calibrate(
     model.train(training)
     heads = sum(kernel.heads for kernel in kernels)
     opened = sum(int((kernel.gate > CLOSED / 2).sum()) for kernel in kernels)
+    exact = _exact_keys([kernel.config for kernel in kernels_of(model)])
     model.dijiang_start = (
-        f"{_exact_keys([kernel.config for kernel in _kernels(model)])}, and far keys calibrated on "
-        f"{ids.numel()} tokens: {opened} of {heads} heads open"
+        f"{exact}, and far keys calibrated on {ids.numel()} tokens: {opened} of {heads} heads open"
     )
     return model
 
@@ -453,10 +453,6 @@ def _set_attention(model, name: str) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._attn_implementation_internal = name
-
-
-def _kernels(model) -> list[AttentionKernel]:
-    return [module for module in model.modules() if isinstance(module, AttentionKernel)]
 
 
 def check_converted(model, what: str) -> None:

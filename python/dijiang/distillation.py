@@ -25,7 +25,7 @@ from .conversion import calibrate as calibrate_model
 from .conversion import is_converted, only_last_logits, restore, softmax_mode
 from .divergence import kl_divergence
 from .hub import quiet
-from .modules import AttentionKernel
+from .modules import AttentionKernel, kernels_of
 
 TRAINABLE = ("dijiang", "attention", "all")
 
@@ -124,7 +124,7 @@ def distill(
         raise ValueError("distill: resume=True needs the output_dir to resume from")
     rows = _as_dataset(data, length)
     row_length = max(len(rows[i]["input_ids"]) for i in range(min(len(rows), 64)))
-    kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
+    kernels = kernels_of(model)
     if tokens is None:
         tokens = max(len(rows) * row_length, transfer_tokens or 0)
     if transfer_tokens is None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._types import AttentionState
-from .modules import AttentionKernel
+from .modules import AttentionKernel, kernels_of
 from .ops._checks import autocast
 from .ops._slice import attend_slice
 from .ops._slice_grads import CARRIED
@@ -54,7 +54,7 @@ def sequence_parallel(
     >>> for p in model.parameters():                                           # doctest: +SKIP
     ...     dist.all_reduce(p.grad)
     """
-    kernels = [module for module in model.modules() if isinstance(module, AttentionKernel)]
+    kernels = kernels_of(model)
     _check(model, kernels)
     relay = Relay(group, timeout, len(kernels))
     hook = None
@@ -177,7 +177,7 @@ class Relay:
 
     def _before_model(self, model, args, kwargs):
         if model.config._attn_implementation != "dijiang" or any(
-            isinstance(x, AttentionKernel) and x.mode != "student" for x in model.modules()
+            kernel.mode != "student" for kernel in kernels_of(model)
         ):
             raise ValueError(
                 "sequence_parallel: softmax attention would need all keys on every rank. Leave "

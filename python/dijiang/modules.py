@@ -246,6 +246,11 @@ class AttentionKernel(nn.Module):
         return flat.reshape(batch, seqlen, heads, dv).transpose(1, 2).to(dtype)
 
 
+def kernels_of(model: nn.Module) -> list[AttentionKernel]:
+    """Every kernel in the model."""
+    return [module for module in model.modules() if isinstance(module, AttentionKernel)]
+
+
 def kernels_by_layer(model: nn.Module) -> dict[int, AttentionKernel]:
     """The kernels of a converted model, in the order of its layers."""
     found = {
