@@ -5,8 +5,8 @@
     python benchmarks/readme_table.py --demo demo-out    # take a demo's figures and picture first
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Results come from cpu.py,
-memory.py, dct.py, model.py, quality.py, maps.py, far.py, tests/families.py, and from a demo's
-results.json kept as demo.json.
+memory.py, dct.py, model.py, paper.py, quality.py, maps.py, far.py, tests/families.py, and from
+a demo's results.json kept as demo.json.
 """
 
 from __future__ import annotations
@@ -194,6 +194,21 @@ def model() -> str:
     return common.table(header, cells) + "\n\n" + _measured(machine)
 
 
+def paper() -> str:
+    """The paper's curves: decoding and a training step, three models side by side."""
+    machine, rows = common.read(common.RESULTS / "paper.csv")
+    models = _distinct(rows, "model")
+    at = {(row["kind"], row["tokens"], row["model"]): row for row in rows}
+    cells = []
+    for kind, tokens in dict.fromkeys((row["kind"], row["tokens"]) for row in rows):
+        own = [at[kind, tokens, model] for model in models]
+        times = [f"{row['median_ms']} ({row['softmax_ratio']} x)" for row in own]
+        sizes = [row["cache_mib"] or "-" for row in own]
+        cells.append([f"{kind}, {tokens} tokens", *times, *sizes])
+    header = ["", *(f"{model} ms" for model in models), *(f"{model} MiB" for model in models)]
+    return common.table(header, cells) + "\n\n" + _measured(machine)
+
+
 def maps() -> str:
     """The feature maps on equal terms."""
     machine, rows = common.read(common.RESULTS / "maps.csv")
@@ -252,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dct": dct,
     "dct sizes": dct_sizes,
     "model": model,
+    "paper": paper,
     "maps": maps,
     "families": families,
     "far": far_keys,
