@@ -2,8 +2,10 @@
 
     python examples/lora.py --model HuggingFaceTB/SmolLM2-135M --data book.txt --out adapter
 
-The adapter is saved without the base model. To use it again, convert the base model the same way:
+The adapter is saved without the base model's weights. To use it again, convert that model the same
+way, by the config that lies beside the adapter:
 
+    config = dijiang.DiJiangConfig.from_dict(AutoConfig.from_pretrained("adapter").dijiang)
     model = dijiang.convert(AutoModelForCausalLM.from_pretrained(name), config)
     model = PeftModel.from_pretrained(model, "adapter")     # .merge_and_unload() makes it plain
 """
@@ -17,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder, hub id or GGUF file; none: SmolLM2-135M")
     parser.add_argument("--data", help="text file, folder or dataset id; none: Python's own help")
@@ -48,6 +50,8 @@ def main() -> None:
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
     ).train()  # fmt: skip
     model.save_pretrained(options.out)
+    model.config.save_pretrained(options.out)  # what it was converted to: calibration chose
+    return model
 
 
 if __name__ == "__main__":

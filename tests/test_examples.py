@@ -86,23 +86,26 @@ def test_trainer_goes_on_where_it_was_killed(settings, tmp_path, monkeypatch, ca
 
 def test_lora_loads_again(settings, tmp_path, monkeypatch, capsys):
     from peft import PeftModel
+    from transformers import AutoConfig
 
-    assert len(run(monkeypatch, capsys, "lora.py", *settings, "--out", str(tmp_path))) == 4
-    ids = torch.arange(2, 202)[None]
+    main = runpy.run_path(str(EXAMPLES / "lora.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *settings, "--out", str(tmp_path)])
+    trained = main().eval()
+    assert len(losses(capsys.readouterr().out)) == 4
+    ids = torch.arange(2, 302)[None]
+    adapted = trained(input_ids=ids, use_cache=False).logits
+    with trained.disable_adapter():
+        assert not torch.equal(trained(input_ids=ids, use_cache=False).logits, adapted)
 
-    def again():
-        base, _ = dijiang.load_base(settings[1])
-        return PeftModel.from_pretrained(dijiang.convert(base), tmp_path).eval()
-
-    model = again()
-    adapted = model(input_ids=ids, use_cache=False).logits
-    with model.disable_adapter():
-        assert not torch.equal(model(input_ids=ids, use_cache=False).logits, adapted)
-    merged = again().merge_and_unload()
+    base, _ = dijiang.load_base(settings[1])
+    config = dijiang.DiJiangConfig.from_dict(AutoConfig.from_pretrained(tmp_path).dijiang)
+    again = PeftModel.from_pretrained(dijiang.convert(base, config), tmp_path).eval()
+    assert torch.equal(again(input_ids=ids, use_cache=False).logits, adapted)
+    generated = again.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    merged = again.merge_and_unload()
     assert dijiang.is_converted(merged)
     torch.testing.assert_close(merged(input_ids=ids, use_cache=False).logits, adapted)
-    generated = merged.generate(ids, max_new_tokens=8, do_sample=False)
-    assert torch.equal(generated, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
+    assert torch.equal(merged.generate(ids, max_new_tokens=8, do_sample=False), generated)
 
 
 def test_packed_fine_tuning(settings, tmp_path, monkeypatch, capsys):
