@@ -58,7 +58,7 @@ def training(models: Mapping, ids, lengths, rounds: int, out) -> Iterator[dict]:
             softmax = timings[SOFTMAX].median
             yield row("training step", length, name, 1e3 * timing.median, 1e3 * softmax)
     plots.lines(
-        series, out / "paper_training.png", title="Training: forward and backward",
+        series, out / "paper_training.png", title="Training: forward and backward", logy=False,
         xlabel="tokens of a row", ylabel="ms a token",
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ def row(kind, tokens, model, milliseconds, softmax, cache_bytes=None) -> dict:
         "kind": kind,
         "tokens": tokens,
         "model": model,
-        "median_ms": f"{milliseconds:.4g}",
+        "median_ms": f"{milliseconds:.1f}",
         "softmax_ratio": f"{softmax / milliseconds:.3g}",
         "cache_mib": "" if cache_bytes is None else f"{cache_bytes / 2**20:.1f}",
     }
