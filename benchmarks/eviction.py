@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from dijiang import ops
-from dijiang.modules import AttentionKernel
+from dijiang.modules import AttentionKernel, kernels_of
 from torch import Tensor
 
 
@@ -73,7 +73,6 @@ class HeavyHitters(AttentionKernel):
 
 def keep_heavy_hitters(model):
     """Makes the hard keys of a converted model heavy hitters, in place."""
-    for module in model.modules():
-        if isinstance(module, AttentionKernel):
-            module.__class__ = HeavyHitters
+    for kernel in kernels_of(model):
+        kernel.__class__ = HeavyHitters
     return model

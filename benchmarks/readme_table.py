@@ -27,6 +27,7 @@ import far
 import floor
 import maps as feature_maps
 import quality as recipes
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("README.md", "docs/performance.md", "docs/quality.md")
@@ -225,7 +226,7 @@ def families() -> str:
     """What each family of models was seen to do, by its tests, and with which transformers."""
     with (common.RESULTS / "families.csv").open() as file:
         rows = list(csv.DictReader(file))
-    versions = sorted(_distinct(rows, "transformers"), key=_version)
+    versions = sorted(_distinct(rows, "transformers"), key=Version)
     at = {(row["transformers"], row["family"]): row for row in rows}
     behaviours = [name for name in rows[0] if name not in ("transformers", "family", "refused")]
     lines = []
@@ -238,10 +239,6 @@ def families() -> str:
         lines.append([*cells, refused])
     header = ["family", *behaviours, "refused, because"]
     return common.table(header, lines) + f"\n\nWith transformers {' and '.join(versions)}."
-
-
-def _version(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
 
 
 def picture() -> str:

@@ -203,18 +203,20 @@ def check(name: str, behaviour: str) -> None:
     BEHAVIOURS[behaviour](model, teacher)
 
 
+def table() -> list[dict[str, str]]:
+    with RESULTS.open() as file:
+        return list(csv.DictReader(file))
+
+
 def committed() -> dict[str, dict[str, str]]:
     """The table's rows for this transformers, by family; empty if it was not measured with it."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
-    return {row["family"]: row for row in rows if row["transformers"] == transformers.__version__}
+    return {
+        row["family"]: row for row in table() if row["transformers"] == transformers.__version__
+    }
 
 
 def main() -> None:
-    rows = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            rows = list(csv.DictReader(file))
+    rows = table() if RESULTS.exists() else []
     rows = [row for row in rows if row["transformers"] != transformers.__version__]
     for name in FAMILIES:
         row = {"transformers": transformers.__version__, "family": name, "refused": ""}

@@ -24,7 +24,7 @@ from attention_cases import (
 )
 from dijiang import DiJiangConfig, KernelizedAttention, ops, reference
 from dijiang.distributed import sequence_parallel, shard
-from dijiang.modules import AttentionKernel
+from dijiang.modules import kernels_of
 from dijiang.ops._slice import attend_slice
 from dijiang.ops._slice_grads import CARRIED
 from dijiang.tensor_parallel import HeadParallel
@@ -208,8 +208,7 @@ def test_bytes_sent_do_not_depend_on_seqlen(four_ranks, found):
     first, last = (torch.load(four_ranks / f"2.{rank}")["bytes"] for rank in range(2))
     assert first[0] == first[1] > last[0] == last[1] > 0
     state = [kernel.empty_state(2, torch.float32, "cpu")
-             for kernel in worker.model_of("default").modules()
-             if isinstance(kernel, AttentionKernel)]  # fmt: skip
+             for kernel in kernels_of(worker.model_of("default"))]  # fmt: skip
     forward = sum(x.nbytes for one in state for x in one if x is not None)
     carried = [getattr(one, name) for one in state for name in CARRIED]
     backward = sum(x.nbytes for x in carried if x is not None)

@@ -153,6 +153,19 @@ class Relay:
         self._position = None  # of the slice's first token, where the model is told
         self._open = True
 
+    def check(self, cached_or_packed: bool, padded: bool) -> None:
+        """Refuses what a slice of plain rows is not."""
+        if cached_or_packed:
+            raise ValueError(
+                "sequence_parallel: states are handed from rank to rank, without a cache and "
+                "packed sequences. Give use_cache=False and one sequence a row"
+            )
+        if padded:
+            raise ValueError(
+                "sequence_parallel: rows must have no padding: every rank's slice follows the "
+                "one before. Leave attention_mask out"
+            )
+
     def receive(self, kernel: AttentionKernel, q: Tensor) -> AttentionState:
         """The state behind the rank before, which this rank's slice goes on from."""
         (q,) = autocast(q)

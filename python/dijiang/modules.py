@@ -188,16 +188,8 @@ class AttentionKernel(nn.Module):
         """Attends; with return_state also gives the state, which one token updates in place."""
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         if self.relay is not None:
-            if state is not None or return_state or cu_seqlens is not None:
-                raise ValueError(
-                    "sequence_parallel: states are handed from rank to rank, without a cache and "
-                    "packed sequences. Give use_cache=False and one sequence a row"
-                )
-            if seq_bounds is not None:
-                raise ValueError(
-                    "sequence_parallel: rows must have no padding: every rank's slice follows the "
-                    "one before. Leave attention_mask out"
-                )
+            cached = state is not None or return_state
+            self.relay.check(cached or cu_seqlens is not None, seq_bounds is not None)
             state = self.relay.receive(self, q)
         if return_state and not torch.is_grad_enabled():
             fq, fk, tables = self._kept_params(acc, refresh=q.shape[2] > 1)
