@@ -10,13 +10,20 @@ same formula in plain PyTorch at that precision; in float32 it is at most 1e-5 o
 
 Timing: forward, forward and backward, and one decoded token, against scaled_dot_product_attention
 on the same tensors, call by call in turn, with CUDA events. Results go to gpu_check.csv.
+
+Far keys alone at 16 bits have two forwards (docs/cuda.md): the fused one, and the other, which a
+second process with DIJIANG_CUDA_FUSED=0 checks and times on the same problems. Their times stand
+beside a copy that moves as many bytes as q, k, v and the output have.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +142,41 @@ def attention_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
                 yield name, op, oracle, qkv
 
 
+def far_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
+    """Sizes that the fused forward takes: (name, op, oracle, inputs of a dtype)."""
+    batch, heads, kv_heads, tokens = 2, 4, 2, 700
+    rates = -torch.rand(batch, kv_heads, tokens, device="cuda") / 10
+    for kind, dim, log_decay in (
+        ("exp", 64, None),
+        ("exp", 64, rates),
+        ("softmax", 64, None),
+        ("elu", 64, rates),
+        ("exp", 128, None),
+    ):
+        fq, fk = parameters(heads, dim, dim, kind), parameters(kv_heads, dim, dim, kind)
+
+        def qkv(dtype, dim=dim):
+            shape = (batch, tokens, heads, dim)
+            q = torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2)
+            kv = (batch, kv_heads, tokens, dim)
+            return [q, *(torch.randn(kv, device="cuda", dtype=dtype) for _ in "kv")]
+
+        def op(q, k, v, fq=fq, fk=fk, d=log_decay):
+            return dijiang.ops.kernelized_attention(q, k, v, fq, fk, log_decay=d)
+
+        def oracle(q, k, v, fq=fq, fk=fk, d=log_decay):
+            decay = None if d is None else d.to(q.dtype)
+            return reference.kernelized_attention(q, k, v, fq, fk, log_decay=decay)
+
+        decay = "" if log_decay is None else ", decay"
+        yield f"far keys alone, {kind}, {dim} x {dim}{decay}, {path()}", op, oracle, qkv
+
+
+def path() -> str:
+    """Which forward this process takes where the fused one applies."""
+    return "other forward" if os.environ.get("DIJIANG_CUDA_FUSED") == "0" else "fused forward"
+
+
 def map_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
     for n in (64, 96, 4096):
         for kind in (2, 3):
@@ -204,11 +246,10 @@ def choice_errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         yield f"hard keys chosen, {described(options)}", different.item()
 
 
-def check() -> tuple[list[dict], bool]:
-    """Rows of the report, and whether all of them hold."""
-    rows, good = [], True
+def check_cases(cases: Iterator[tuple[str, Callable, Callable, Callable]]) -> list[dict]:
+    rows = []
     torch.manual_seed(0)
-    for name, op, oracle, inputs_of in itertools.chain(map_cases(), attention_cases()):
+    for name, op, oracle, inputs_of in cases:
         print(f"  {name}", file=sys.stderr)
         for label, dtype in DTYPES.items():
             ours, plain = errors(op, oracle, inputs_of(dtype))
@@ -216,7 +257,6 @@ def check() -> tuple[list[dict], bool]:
                 holds = ours[0] <= LIMIT_FORWARD and max(ours[1:]) <= LIMIT_BACKWARD
             else:
                 holds = all(a <= 2 * b for a, b in zip(ours, plain, strict=True))
-            good &= holds
             rows.append(
                 {
                     "operator": name,
@@ -228,17 +268,21 @@ def check() -> tuple[list[dict], bool]:
                     "holds": "yes" if holds else "NO",
                 }
             )
+    return rows
+
+
+def check() -> list[dict]:
+    """Rows of the report."""
+    rows = check_cases(itertools.chain(map_cases(), attention_cases(), far_cases()))
     for label, dtype in DTYPES.items():
         for name, error in decoding_errors(dtype):
             # Two roundings to the dtype apart at most.
             holds = error <= max(4 * torch.finfo(dtype).eps, LIMIT_FORWARD)
-            good &= holds
             rows.append(lone_row(name, label, error, holds))
         for name, error in choice_errors(dtype):
             holds = error <= LIMIT_CHOICE
-            good &= holds
             rows.append(lone_row(name, label, error, holds))
-    return rows, good
+    return rows
 
 
 def lone_row(name: str, dtype: str, error: float, holds: bool) -> dict:
@@ -316,6 +360,50 @@ def time_length(tokens: int) -> list[dict]:
     return rows
 
 
+def time_far(longest: int) -> list[dict]:
+    """The forward of far keys alone, 64 x 64, against a copy of as many bytes."""
+    rows = []
+    for (batch, heads), tokens in itertools.product(((1, 32), (16, 32)), (2048, 8192, 32768)):
+        if tokens > longest or batch * tokens > 65536:
+            continue
+        for label in ("bfloat16", "float16"):
+            tensor = {"device": "cuda", "dtype": DTYPES[label]}
+            q, k, v = (torch.randn(batch, heads, tokens, 64, **tensor) for _ in "qkv")
+            fq, fk = (parameters(heads, 64, 64, "exp") for _ in "qk")
+            pair = torch.stack((q, k))
+            target = torch.empty_like(pair)
+
+            def forward(q=q, k=k, v=v, fq=fq, fk=fk):
+                dijiang.ops.kernelized_attention(q, k, v, fq, fk)
+
+            def copy(target=target, pair=pair):
+                target.copy_(pair)
+
+            times = milliseconds({"forward": forward, "copy": copy})
+            rows.append(
+                {
+                    "what": f"far keys alone, {batch} x {heads} heads, {label}",
+                    "path": path(),
+                    "tokens": tokens,
+                    "ms": f"{times['forward']:.3f}",
+                    "copy ms": f"{times['copy']:.3f}",
+                    "ns a token and head": f"{1e6 * times['forward'] / q[..., 0].numel():.3f}",
+                    "copy / forward": f"{times['copy'] / times['forward']:.2f}",
+                }
+            )
+    return rows
+
+
+def other_forward(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """far_cases and time_far where the fused forward is switched off."""
+    command = [sys.executable, __file__, "--far-alone", "--longest", str(args.longest)]
+    if args.no_timing:
+        command.append("--no-timing")
+    environment = os.environ | {"DIJIANG_CUDA_FUSED": "0"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 def peak_memory(function: Callable) -> float:
     """MiB that a call needs beyond what was there."""
     torch.cuda.reset_peak_memory_stats()
@@ -334,6 +422,7 @@ def main() -> int:
     )
     parser.add_argument("--no-timing", action="store_true", help="correctness alone")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest timing")
+    parser.add_argument("--far-alone", action="store_true", help="far keys alone, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu_check*.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -343,8 +432,14 @@ def main() -> int:
         )
     # What is compared against must not use tf32 behind its back.
     torch.backends.cuda.matmul.allow_tf32 = False
+    if args.far_alone:
+        found = {"checks": check_cases(far_cases())}
+        found["timings"] = [] if args.no_timing else time_far(args.longest)
+        print(json.dumps(found))
+        return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    rows, good = check()
+    other = other_forward(args)
+    rows = check() + other["checks"]
     show(rows)
     write(rows, args.out / "gpu_check.csv")
     if not args.no_timing:
@@ -352,9 +447,12 @@ def main() -> int:
         timings = [row for tokens in lengths for row in time_length(tokens)]
         show(timings)
         write(timings, args.out / "gpu_check_timing.csv")
+        timings = time_far(args.longest) + other["timings"]
+        show(timings)
+        write(timings, args.out / "gpu_check_far.csv")
     wrong = sum(row["holds"] != "yes" for row in rows)
-    print("all operators hold" if good else f"{wrong} of {len(rows)} checks do NOT hold")
-    return 0 if good else 1
+    print(f"{wrong} of {len(rows)} checks do NOT hold" if wrong else "all operators hold")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Sizes:
     train: Mapping[str, int] = field(default_factory=dict)  # in the place of the recipe's
 
 
-FULL = Sizes({1024: 8, 2048: 4, 8192: 2}, 1024, (400, 1500, 3000), 8)
+FULL = Sizes({1024: 8, 2048: 4, 8192: 2}, 1024, (400, 1500, 3000), 16)
 QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 512, "length": 512})
 CALIBRATION = {"length": 4096, "rows": 1}
 # Attention's own weights learn by KL to the teacher.
@@ -67,7 +67,7 @@ FAR = {"tokens": 294912, "transfer_tokens": 294912, "length": 8192, "learning_ra
 @dataclass(frozen=True)
 class Recipe:
     config: DiJiangConfig | None = None  # None: the teacher
-    spread: bool = False  # the hard keys over the layers
+    spread: str = ""  # the hard keys: by "head" or by "layer"
     calibrate: bool = False
     heavy_hitters: bool = False  # in the place of our hard keys
     own_text: bool = False  # spread on what the teacher writes itself
@@ -91,24 +91,29 @@ RECIPES: dict[str, Recipe] = {
     "heavy hitters 64": Recipe(exact(cache_size=64), heavy_hitters=True, note="H2O's rule"),
     "hard 64": Recipe(exact(cache_size=64), note="no far keys"),
     "hard 64, far, transfer": Recipe(DiJiangConfig(cache_size=64), train=TRANSFER),
-    "hard 64, spread": Recipe(exact(cache_size=64), spread=True, note="64 a layer in the mean"),
+    "hard 64, spread": Recipe(exact(cache_size=64), spread="head", note="64 a head in the mean"),
     "hard 64, spread, own text": Recipe(
-        exact(cache_size=64), spread=True, own_text=True, note="what the teacher writes itself"
+        exact(cache_size=64), spread="head", own_text=True, note="what the teacher writes itself"
     ),
-    "hard 64, spread, trained": Recipe(exact(cache_size=64), spread=True, train=TRAINED),
-    "hard 64, spread, trained long": Recipe(exact(cache_size=64), spread=True, train=LONG),
-    "hard 64, spread, text": Recipe(exact(cache_size=64), spread=True, train=TEXT),
-    "hard 64, spread, far, trained": Recipe(
-        DiJiangConfig(feature_map="learned", cache_size=64), spread=True, train=TRAINED
+    "hard 64, spread, trained": Recipe(exact(cache_size=64), spread="head", train=TRAINED),
+    "hard 64, layers": Recipe(exact(cache_size=64), spread="layer", note="64 a layer in the mean"),
+    "hard 64, layers, trained": Recipe(exact(cache_size=64), spread="layer", train=TRAINED),
+    "hard 64, layers, trained long": Recipe(exact(cache_size=64), spread="layer", train=LONG),
+    "hard 64, layers, text": Recipe(exact(cache_size=64), spread="layer", train=TEXT),
+    "hard 64, layers, far, trained": Recipe(
+        DiJiangConfig(feature_map="learned", cache_size=64), spread="layer", train=TRAINED
     ),
-    "hard 64, spread, far, transfer": Recipe(
-        DiJiangConfig(feature_map="learned", cache_size=64), spread=True, train=FAR
+    "hard 64, layers, far, transfer": Recipe(
+        DiJiangConfig(feature_map="learned", cache_size=64), spread="layer", train=FAR
     ),
     "hard 128": Recipe(exact(cache_size=128), note="as large as hard 64 with far keys"),
-    "hard 128, spread": Recipe(exact(cache_size=128), spread=True, note="128 in the mean"),
+    "hard 128, layers": Recipe(exact(cache_size=128), spread="layer", note="128 in the mean"),
     "hard 256": Recipe(exact(cache_size=256), note="no far keys"),
-    "hard 256, spread": Recipe(exact(cache_size=256), spread=True, note="256 in the mean"),
-    "hard 256, spread, trained": Recipe(exact(cache_size=256), spread=True, train=TRAINED),
+    "hard 256, layers": Recipe(exact(cache_size=256), spread="layer", note="256 in the mean"),
+    "hard 256, spread": Recipe(exact(cache_size=256), spread="head", note="256 in the mean"),
+    # As many as fit into 128 kB a head, with all that a state holds beside them.
+    "hard 336, spread": Recipe(exact(cache_size=336), spread="head", note="336 in the mean"),
+    "hard 336, spread, trained": Recipe(exact(cache_size=336), spread="head", train=TRAINED),
 }
 
 
@@ -143,7 +148,7 @@ class Bench:
             else:
                 rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
             if recipe.spread:
-                config = spread_hard_keys(self.base, rows, config)
+                config = spread_hard_keys(self.base, rows, config, by=recipe.spread)
                 training["calibration"] = rows.numel()
             model = convert(copy.deepcopy(self.base), config)
             if recipe.heavy_hitters:
@@ -215,15 +220,17 @@ def headdim_of(base) -> int:
 
 def state_bytes(base, config: DiJiangConfig | None) -> int:
     """Of a key/value head after 8192 tokens in bfloat16; the mean over the layers."""
-    headdim = headdim_of(base)
+    headdim, kv_heads = headdim_of(base), base.config.num_key_value_heads
     if config is None:
         return 8192 * 2 * headdim * 2
     sizes = []
     for layer in range(base.config.num_hidden_layers):
-        kernel = AttentionKernel(config.at(layer), heads=1, kv_heads=1, headdim=headdim)
+        kernel = AttentionKernel(
+            config.at(layer), heads=kv_heads, kv_heads=kv_heads, headdim=headdim
+        )
         state = kernel.empty_state(1, torch.bfloat16, "cpu")
         sizes.append(sum(x.numel() * x.element_size() for x in state if x is not None))
-    return round(sum(sizes) / len(sizes))
+    return round(sum(sizes) / len(sizes) / kv_heads)
 
 
 def language(rows: Mapping[str, dict]) -> str:

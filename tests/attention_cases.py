@@ -111,6 +111,18 @@ class Case:
         decay = cut(decay) if decay is not None and decay.dim() == 3 else decay
         return replace(self, q=cut(self.q), k=cut(self.k), v=cut(self.v), log_decay=decay)
 
+    def of_head(self, head):
+        """One kv head, and the query heads that read it."""
+        groups = self.q.shape[1] // self.k.shape[1]
+        own, queries = slice(head, head + 1), slice(head * groups, (head + 1) * groups)
+        decay = self.log_decay
+        if decay is not None:
+            decay = decay[own] if decay.dim() == 1 else decay[:, own]
+        fq = map_params(self.fq, lambda x: x[queries])
+        fk = map_params(self.fk, lambda x: x[own])
+        q, k, v = self.q[:, queries], self.k[:, own], self.v[:, own]
+        return replace(self, q=q, k=k, v=v, log_decay=decay, fq=fq, fk=fk)
+
     def with_options(self, **options):
         return replace(self, options={**self.options, **options})
 
@@ -185,7 +197,7 @@ def plain(case):
         near = s < case.options.get("sinks", 0)
         if window:
             near = near | (t // window - s // window <= 1)
-        if case.options.get("cache_size"):
+        if case.options.get("cache_size", 0) != 0:
             near = near | held_as_hard_keys(case, scale)
         fk = map_params(case.fk, lambda x: x.repeat_interleave(groups, 0))
         phi_q = reference.feature_map(case.q, case.fq, scale=scale)

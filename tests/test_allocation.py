@@ -22,12 +22,18 @@ def model_with_a_lazy_layer(lazy, seed=0):
     return model
 
 
+def sizes_of(config):
+    """Of the two kv heads of each of three layers."""
+    sizes = [config.at(layer).cache_size for layer in range(3)]
+    return [(size, size) if isinstance(size, int) else size for size in sizes]
+
+
 @pytest.mark.parametrize("lazy", [0, 1, 2])
 def test_slots_go_where_they_are_needed(lazy):
     model = model_with_a_lazy_layer(lazy)
     config = dijiang.spread_hard_keys(model, IDS, CONFIG)
-    sizes = [config.at(layer).cache_size for layer in range(3)]
-    assert sizes[lazy] == 0 and 0 < sum(sizes) <= 3 * 8
+    sizes = sizes_of(config)
+    assert sizes[lazy] == (0, 0) and 0 < sum(map(sum, sizes)) <= 3 * 2 * 8
     assert config.replace(per_layer={}) == CONFIG
 
 
@@ -47,18 +53,32 @@ def test_never_worse_than_as_many_in_each_layer(monkeypatch):
     exact = CONFIG.replace(feature_map=None)
 
     def kl(sizes):
-        per_layer = {layer: {"cache_size": size} for layer, size in enumerate(sizes)}
+        sizes = zip(sizes[::2], sizes[1::2], strict=True)
+        per_layer = {layer: {"cache_size": own} for layer, own in enumerate(sizes)}
         student = dijiang.convert(model_with_a_lazy_layer(1), exact.replace(per_layer=per_layer))
         return dijiang.evaluate.agreement(student, model_with_a_lazy_layer(1), IDS[:1]).kl
 
     kept = set()
-    for proposed in ([24, 0, 0], [0, 24, 0], [16, 0, 8]):
+    for proposed in ([24, 24, 0, 0, 0, 0], [0, 0, 24, 24, 0, 0], [16, 16, 0, 0, 8, 8]):
         monkeypatch.setattr(allocation, "best_sizes", lambda *args, found=proposed: found)
         config = dijiang.spread_hard_keys(model_with_a_lazy_layer(1), IDS, exact)
-        sizes = [own["cache_size"] for own in config.per_layer.values()]
-        assert kl(sizes) == pytest.approx(min(kl(proposed), kl([8, 8, 8])), rel=1e-3)
+        sizes = list(itertools.chain.from_iterable(sizes_of(config)))
+        assert kl(sizes) == pytest.approx(min(kl(proposed), kl([8] * 6)), rel=1e-3)
         kept.add(sizes == proposed)
     assert kept == {True, False}
+
+
+@torch.no_grad()
+def test_heads_of_a_layer_get_what_each_needs():
+    """One of two heads has nothing to find; by layers, both get as many."""
+    model = tiny_model(0, num_hidden_layers=3, initializer_range=0.3)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight[16:] = 0
+    by_head = sizes_of(dijiang.spread_hard_keys(model, IDS, CONFIG))
+    assert all(second == 0 for _, second in by_head) and sum(map(sum, by_head)) > 0
+    by_layer = sizes_of(dijiang.spread_hard_keys(model, IDS, CONFIG, by="layer"))
+    assert all(first == second for first, second in by_layer)
+    assert sum(map(sum, by_layer)) <= 3 * 2 * 8
 
 
 @torch.no_grad()
@@ -122,6 +142,10 @@ def test_refuses():
         dijiang.spread_hard_keys(model, IDS, DiJiangConfig(cache_size=0))
     with pytest.raises(ValueError, match=r"rows of 12 tokens .* at least 64"):
         dijiang.spread_hard_keys(model, IDS[:, :12], CONFIG)
+    with pytest.raises(ValueError, match=r"cache_size is \(8, 0\): it must be the mean"):
+        dijiang.spread_hard_keys(model, IDS, CONFIG.replace(cache_size=(8, 0)))
+    with pytest.raises(ValueError, match="by must be 'head' or 'layer', got 'heads'"):
+        dijiang.spread_hard_keys(model, IDS, CONFIG, by="heads")
     with pytest.raises(TypeError, match="got dict"):
         dijiang.spread_hard_keys(model, IDS, {})
     with pytest.raises(TypeError, match="token ids"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_cases import DEVICES, make_case, near_cases, one_thread  # noqa: F401
 from dijiang import ops, reference
+from dijiang._types import cache_sizes
 from dijiang.ops import empty_attention_state
 
 devices = pytest.mark.parametrize("device", DEVICES)
@@ -88,9 +89,9 @@ def test_opcheck_linear_attention_update(decay, device):
 
 @devices
 @pytest.mark.parametrize("decay,packed,state", [(None, False, False), ("token", True, True)])
-@near_cases((0, 0), (4, 2), (4, 2, 3))
+@near_cases((0, 0), (4, 2), (4, 2, 3), (4, 2, (3, 0)))
 def test_opcheck_kernelized_attention(near, decay, packed, state, device):
-    window, cache_size = near["window"], near.get("cache_size", 0)
+    window, sizes = near["window"], cache_sizes(near.get("cache_size", 0))
     case = make_case("exp", decay, seqlen=20).to(torch.float32, device)
     segments, n = None, 2
     if packed:
@@ -102,7 +103,7 @@ def test_opcheck_kernelized_attention(near, decay, packed, state, device):
         if not window:
             initial = (*initial[:3], *(None,) * 12)
     inputs = (*tensors_of(case), segments, *initial)
-    options = (1, 0.4, window, near["sinks"], cache_size, True, 0.1)
+    options = (1, 0.4, window, near["sinks"], sizes, True, 0.1)
     results = OPS.kernelized_attention_fwd(*inputs, None, *options, True)
     out, row_scale, row_sum, *final, chosen = results
     leaves = [x.clone().requires_grad_() for x in inputs[:4]]
@@ -123,14 +124,15 @@ def test_opcheck_kernelized_attention(near, decay, packed, state, device):
 
 
 @devices
-@near_cases((0, 0), (4, 2), (4, 2, 3))
+@near_cases((0, 0), (4, 2), (4, 2, 3), (4, 2, (3, 0)))
 @pytest.mark.parametrize("decay", [None, "token"])
 def test_opcheck_kernelized_attention_update(decay, near, device):
     case = make_case("exp", decay, seqlen=1).to(torch.float32, device)
     state = new_state(2, near, decay, device)
     if not near["window"]:
         state = state._replace(length=None)
-    options = (near["window"], near["sinks"], near.get("cache_size", 0), True, 0.0)
+    sizes = cache_sizes(near.get("cache_size", 0))
+    options = (near["window"], near["sinks"], sizes, True, 0.0)
     args = (*tensors_of(case), *state, 1, 0.4, *options)
     torch.library.opcheck(OPS.kernelized_attention_update.default, args)
 
@@ -190,7 +192,7 @@ def test_compiled_with_dynamic_seqlen(device):
 
 
 @devices
-@near_cases((0, 0), (16, 0), (16, 2, 5))
+@near_cases((0, 0), (16, 0), (16, 2, 5), (16, 2, (2, 5)))
 def test_compiled_update(near, device):
     case = make_case("exp", "head", **near).to(torch.float32, device)
     _, state = case.slice(0, 60).run(return_state=True)
@@ -270,7 +272,7 @@ def test_autocast_leaves_float64():
 # ---- meta tensors, versions, inference mode
 
 
-@near_cases((16, 3), (16, 3, 5))
+@near_cases((16, 3), (16, 3, 5), (16, 3, (5, 2)))
 def test_meta_tensors(near):
     case = make_case("exp", "token", **near).to(torch.float32)
     real_out, real_state = case.run(return_state=True)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from attention_cases import assert_close, make_case, one_thread  # noqa: F401
 from dijiang import reference
 from dijiang.ops import empty_attention_state, kernelized_attention, kernelized_attention_update
-from dijiang.ops._hard_keys import table_is_possible
+from dijiang._types import cache_sizes
+from dijiang.ops._hard_keys import by_head, table_is_possible
 
 NEAR = {"window": 8, "sinks": 3, "cache_size": 6}
 
@@ -53,7 +54,7 @@ def test_any_table_is_followed(decay):
     assert not torch.allclose(out, chosen, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 6, 20])
+@pytest.mark.parametrize("size", [1, 6, 20, (1, 20), (6, 0)], ids=str)
 def test_the_operator_chooses_as_the_rule_says(size):
     case = make_case("exp", **(NEAR | {"cache_size": size}))
     out, table = case.run(return_hard_keys=True)
@@ -66,7 +67,8 @@ def test_the_operator_chooses_as_the_rule_says(size):
     _, walked, noted = case.run(reference, "_recurrent", return_state=True, return_hard_keys=True)
     assert torch.equal(noted, rule)
     last = reference.hard_key_rows(case.q, 8)[0] + (case.q.shape[2] - 1) // 8
-    assert torch.equal(state.cache_position[0], table[:, last].long())
+    positions = by_head(state.cache_position, cache_sizes(size), -1)
+    assert torch.equal(positions[0], table[:, last].long())
     for got, expected in zip(state[9:], walked[9:], strict=True):
         assert (
             got is None
@@ -74,6 +76,35 @@ def test_the_operator_chooses_as_the_rule_says(size):
             else torch.equal(got, expected)
             or ((got - expected).abs().max() <= 1e-12 * expected.abs().max())
         )
+
+
+def test_heads_with_numbers_of_their_own_are_as_if_alone():
+    """Forwards, backwards and the state, as by a call for each kv head."""
+    sizes = (9, 0)
+    case = make_case("exp", "token", **(NEAR | {"cache_size": sizes})).require_grad()
+    out, state = case.run(return_state=True)
+    grads = torch.autograd.grad(out.square().sum(), list(case.inputs().values()))
+    groups, first_slot, first_vote = case.q.shape[1] // 2, 0, 0
+    for head, size in enumerate(sizes):
+        rows = slice(head * groups, (head + 1) * groups)
+        alone = case.of_head(head).with_options(cache_size=size).require_grad()
+        one, after = alone.run(return_state=True)
+        assert_close(out[:, rows], one, torch.float64)
+        own = torch.autograd.grad(one.square().sum(), list(alone.inputs().values()))
+        for name, whole, part in zip(case.inputs(), grads, own, strict=True):
+            if name in ("q", "k", "v"):
+                whole = whole[:, rows] if name == "q" else whole[:, head : head + 1]
+                assert_close(whole, part, torch.float64)
+        if size:
+            slots = slice(first_slot, first_slot + size)
+            for name in ("cache_k", "cache_v", "cache_position", "cache_decay"):
+                own = getattr(after, name)[:, 0].double()
+                assert_close(getattr(state, name)[:, slots].double(), own, torch.float64)
+            votes = slice(first_vote, first_vote + size + NEAR["window"])
+            assert_close(state.cache_votes[:, votes], after.cache_votes[:, 0], torch.float64)
+        first_slot += size
+        first_vote += size + NEAR["window"]
+    assert state.cache_k.shape[1] == 9 and state.cache_votes.shape[1] == 9 + 2 * 8
 
 
 def test_a_cache_for_all_keys_is_softmax_attention():
@@ -141,12 +172,12 @@ def test_each_row_of_decoding_turns_over_in_its_own_time():
 def test_refuses_tables_that_no_choice_makes(change, says):
     case = make_case("exp", batch=1, **NEAR).to(torch.float32)
     _, table = case.run(return_hard_keys=True)
-    assert table_is_possible(table, case.q, None, None, 8, 3)
+    assert table_is_possible(table, case.q, None, None, 8, 3, (6,))
     *where, key = change
     table[tuple(where)] = key
     with pytest.raises(RuntimeError, match=says):
         case.run(hard_keys=table)
-    assert not table_is_possible(table, case.q, None, None, 8, 3)
+    assert not table_is_possible(table, case.q, None, None, 8, 3, (6,))
 
 
 def test_refuses_a_key_twice_and_a_gap():
@@ -156,11 +187,11 @@ def test_refuses_a_key_twice_and_a_gap():
     table[:, 3, 6] = 12
     with pytest.raises(RuntimeError, match="slot 6 must hold position -1"):
         case.run(hard_keys=table)
-    assert not table_is_possible(table, case.q, None, None, 8, 3)
+    assert not table_is_possible(table, case.q, None, None, 8, 3, (30,))
     table[:, 3, 5:7] = torch.tensor([-1, 12])
     with pytest.raises(RuntimeError, match="no empty slot before it"):
         case.run(hard_keys=table)
-    assert not table_is_possible(table, case.q, None, None, 8, 3)
+    assert not table_is_possible(table, case.q, None, None, 8, 3, (30,))
 
 
 def test_tables_of_packed_and_resumed_sequences_are_possible():
@@ -170,14 +201,14 @@ def test_tables_of_packed_and_resumed_sequences_are_possible():
     _, states, packed = case.run(cu_seqlens=ends, return_state=True, return_hard_keys=True)
     begin, end = ends[:-1], ends[1:]
     segments = torch.stack([torch.zeros_like(begin), begin, end], 1)
-    assert table_is_possible(packed, case.q, segments, None, 8, 3)
+    assert table_is_possible(packed, case.q, segments, None, 8, 3, (6,))
     _, resumed = case.run(cu_seqlens=ends, initial_state=states, return_hard_keys=True)
-    assert table_is_possible(resumed, case.q, segments, states, 8, 3)
-    assert not table_is_possible(resumed, case.q, segments, None, 8, 3)
-    assert not table_is_possible(packed, case.q, segments, states, 8, 3)
+    assert table_is_possible(resumed, case.q, segments, states, 8, 3, (6,))
+    assert not table_is_possible(resumed, case.q, segments, None, 8, 3, (6,))
+    assert not table_is_possible(packed, case.q, segments, states, 8, 3, (6,))
     case = make_case("exp", **NEAR)
     _, table = case.run(return_hard_keys=True)
-    assert table_is_possible(table, case.q, None, None, 8, 3)
+    assert table_is_possible(table, case.q, None, None, 8, 3, (6,))
 
 
 def test_refuses_by_name():
@@ -191,9 +222,15 @@ def test_refuses_by_name():
         case.run(window=0)
     with pytest.raises(ValueError, match="cache_size must not be negative, got -1"):
         case.run(cache_size=-1)
+    with pytest.raises(ValueError, match="or one for each of the 2 kv heads, got 3 of them"):
+        case.run(cache_size=(6, 0, 2))
+    with pytest.raises(ValueError, match=r"cache_size=\[6, 1\] is of keys that leave a window"):
+        case.run(cache_size=(6, 1), window=0)
     _, state = case.run(return_state=True)
     with pytest.raises(ValueError, match=r"must have 4 slots for hard keys, .* got 6"):
         case.run(initial_state=state, cache_size=4)
+    with pytest.raises(ValueError, match=r"must have 7 slots .* got 2: .*cache_size=\[4, 3\]"):
+        case.run(initial_state=state, cache_size=(4, 3))
     with pytest.raises(ValueError, match=r"initial_state\.cache_votes must be a tensor, got None"):
         case.run(initial_state=state._replace(cache_votes=None))
 
@@ -204,6 +241,6 @@ def test_sequences_must_lie_in_order():
     params = (*case.fq[:3], *case.fk[:3])
     with pytest.raises(RuntimeError, match="hard keys want sequences in order"):
         torch.ops.dijiang.kernelized_attention_fwd(
-            case.q, case.k, case.v, *params, None, rows, *(None,) * 16, 1, 0.4, 8, 3, 6, True, 0.0,
+            case.q, case.k, case.v, *params, None, rows, *(None,) * 16, 1, 0.4, 8, 3, [6], True, 0.0,
             False,
         )  # fmt: skip

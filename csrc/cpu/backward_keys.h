@@ -39,8 +39,8 @@ class BackwardKeys {
     dv_ = scratch_.take<Acc>(kTile * vp_);
     weights_ = scratch_.take<Acc>(kTile * kTile);
     grad_weights_ = scratch_.take<Acc>(kTile * kTile);
-    if (p_.cache_size > 0) {
-      hard_.allocate(scratch_, p_.cache_size, p_.window, dp_, vp_);
+    if (p_.cache.most > 0) {
+      hard_.allocate(scratch_, p_.cache.most, p_.window, dp_, vp_);
       block_decay_ = scratch_.take<double>(p_.seqlen / p_.window + 2);
     }
     if (!has_far_) return;
@@ -203,7 +203,7 @@ class BackwardKeys {
   }
   bool is_sink(int64_t s) const { return position_of(tokens_[s]) < p_.sinks; }
   bool taken_up(int64_t s) const {
-    return p_.cache_size > 0 && hard_.taken_up(position_of(tokens_[s]) % p_.window);
+    return p_.cache.most > 0 && hard_.taken_up(position_of(tokens_[s]) % p_.window);
   }
 
   // da through the features.
@@ -278,7 +278,7 @@ class BackwardKeys {
     const int64_t w = p_.window;
     if (end_ == begin_) return;
     const int64_t last = position_of(end_ - 1) / w, first = first_position_ / w;
-    if (p_.cache_size > 0) begin_hard(first, last);
+    if (p_.cache.most > 0) begin_hard(first, last);
     for (int64_t block = last; block >= first; --block) {
       const Tokens keys = tokens_of(block), next = tokens_of(block + 1);
       if (keys.end <= piece_begin_) return;
@@ -296,7 +296,7 @@ class BackwardKeys {
           }
         }
       }
-      if (p_.cache_size > 0) turn_back<kGiven>(block, last);
+      if (p_.cache.most > 0) turn_back<kGiven>(block, last);
       for (int64_t s = keys.begin; s < keys.end; s += kTile) {
         if (s < piece_begin_ || s >= piece_end_) continue;
         load_keys(s, keys.end - s < kTile ? keys.end - s : kTile);
@@ -322,7 +322,7 @@ class BackwardKeys {
   const int32_t* slots_of(int64_t block) const {
     const int64_t row = p_.cache_row(sequence_, batch_ * p_.seqlen + begin_);
     const int64_t first = first_position_ / p_.window;
-    return p_.given + (head_ * p_.cache_rows() + row + block - first) * p_.cache_size;
+    return p_.given + (head_ * p_.cache_rows() + row + block - first) * p_.cache.most;
   }
   // The token at a position, if its gradient is this piece's; else -1.
   int64_t token_of_mine(int64_t position) const {
@@ -333,7 +333,7 @@ class BackwardKeys {
   void begin_hard(int64_t first, int64_t last) {
     hard_.clear();
     const int32_t* slots = slots_of(last);
-    for (int64_t i = 0; i < p_.cache_size; ++i) {
+    for (int64_t i = 0; i < p_.cache.most; ++i) {
       const int64_t token = token_of_mine(slots[i]);
       if (token < 0) continue;
       rows_ = 0;
@@ -366,12 +366,12 @@ class BackwardKeys {
     }
     const int32_t* now = slots_of(block + 2);
     const int32_t* before = slots_of(block + 1);
-    for (int64_t i = 0; i < p_.cache_size; ++i) {
+    for (int64_t i = 0; i < p_.cache.most; ++i) {
       if (now[i] == before[i] || token_of_mine(now[i]) < 0) continue;
       hard_.take_up(i, now[i] - block * p_.window);
     }
     rows_ = 0;
-    for (int64_t i = 0; i < p_.cache_size; ++i) {
+    for (int64_t i = 0; i < p_.cache.most; ++i) {
       const int64_t token = token_of_mine(before[i]);
       if (now[i] == before[i] || token < 0) continue;
       left_slots_[rows_] = i;

@@ -19,7 +19,7 @@ class BackwardQueries {
         maps_(maps),
         walk_(p_, scratch_) {
     const int64_t mp = walk_.mp, dp = walk_.dp, vp = walk_.vp;
-    near_stride_ = padded<Acc>(p_.sinks + p_.cache_size + 2 * p_.window);
+    near_stride_ = padded<Acc>(p_.sinks + p_.cache.most + 2 * p_.window);
     queries_.allocate(scratch_, dp, vp, mp);
     weights_ = scratch_.take<Acc>(kTile * near_stride_);
     grad_weights_ = scratch_.take<Acc>(kTile * near_stride_);

@@ -13,8 +13,8 @@ class HardKeys {
  public:
   // Slots [0, count) are filled.
   int64_t count = 0;
-  Acc* keys = nullptr;    // (cache_size, dp)
-  Acc* values = nullptr;  // (cache_size, vp)
+  Acc* keys = nullptr;    // (slots, dp)
+  Acc* values = nullptr;  // (slots, vp)
 
   // The keys that left at the last block, and log2 of their decay up to its end.
   int64_t left = 0;
@@ -25,18 +25,17 @@ class HardKeys {
   // keys and values: rows for the slots.
   HardKeys(const LinearAttentionParams& params, Scratch& scratch, int64_t dp, int64_t vp)
       : p_(params),
-        size_(p_.cache_size),
         dp_(dp),
         vp_(vp),
-        voting_(size_ > 0 && (p_.given == nullptr || p_.final.votes != nullptr)) {
-    if (size_ == 0) return;
-    const int64_t candidates = size_ + p_.window;
+        choosing_(p_.cache.most > 0 && (p_.given == nullptr || p_.final.votes != nullptr)) {
+    const int64_t most = p_.cache.most, candidates = most + p_.window;
+    if (most == 0) return;
     left_keys = scratch.take<Acc>(p_.window * dp);
     left_values = scratch.take<Acc>(p_.window * vp);
     left_since = scratch.take<double>(p_.window);
-    position_ = scratch.take<int64_t>(size_);
-    wanted_ = scratch.take<int64_t>(size_);
-    since_ = scratch.take<double>(size_);
+    position_ = scratch.take<int64_t>(most);
+    wanted_ = scratch.take<int64_t>(most);
+    since_ = scratch.take<double>(most);
     votes_ = scratch.take<Acc>(candidates);
     key_sum_ = scratch.take<Acc>(dp);
     value_sum_ = scratch.take<Acc>(vp);
@@ -46,12 +45,14 @@ class HardKeys {
     kept_ = scratch.take<bool>(candidates);
   }
 
-  bool voting() const { return voting_; }
+  bool voting() const { return choosing_; }
 
   void begin(const AttentionState& initial, const Sequence& tokens, int64_t head,
              int64_t position) {
-    if (size_ == 0) return;
-    count = 0;
+    count = left = 0;
+    head_ = head;
+    size_ = p_.cache.of(head);
+    if (p_.cache.most == 0) return;
     fill(votes_, size_ + p_.window, Acc(0));
     fill(key_sum_, dp_, Acc(0));
     fill(value_sum_, vp_, Acc(0));
@@ -59,10 +60,10 @@ class HardKeys {
     first_row_ = p_.cache_rows() * head +
                  p_.cache_row(tokens.index, tokens.batch * p_.seqlen + tokens.begin);
     if (initial.cache_position == nullptr) return;
-    const int64_t row = tokens.index * p_.num_kv_heads + head;
-    const int64_t* positions = initial.cache_position + row * size_;
+    const int64_t slot = p_.cache.slot(tokens.index, head, p_.num_kv_heads);
+    const int64_t* positions = initial.cache_position + slot;
     while (count < size_ && positions[count] >= 0) ++count;
-    const int64_t slot = row * size_, d = p_.headdim, dv = p_.headdim_v;
+    const int64_t d = p_.headdim, dv = p_.headdim_v;
     for (int64_t i = 0; i < count; ++i) {
       position_[i] = positions[i];
       load_row(p_.dtype, initial.cache_k, (slot + i) * d, 1, d, keys + i * dp_);
@@ -70,18 +71,19 @@ class HardKeys {
       const Acc* decay = static_cast<const Acc*>(initial.cache_decay);
       since_[i] = decay ? decay[slot + i] * kLog2E : 0.0;
     }
-    const Acc* votes = static_cast<const Acc*>(initial.votes) + row * (size_ + p_.window);
+    const Acc* votes = static_cast<const Acc*>(initial.votes) + first_vote(tokens.index);
     std::memcpy(votes_, votes, count * sizeof(Acc));
     std::memcpy(votes_ + count, votes + size_, p_.window * sizeof(Acc));
+    const int64_t row = tokens.index * p_.num_kv_heads + head;
     const Acc* sums = static_cast<const Acc*>(initial.sums) + row * (d + dv);
     std::memcpy(key_sum_, sums, d * sizeof(Acc));
     std::memcpy(value_sum_, sums + d, dv * sizeof(Acc));
   }
 
-  void write(const AttentionState& final, int64_t sequence, int64_t head) const {
+  void write(const AttentionState& final, int64_t sequence) const {
     if (final.cache_position == nullptr) return;
-    const int64_t row = sequence * p_.num_kv_heads + head, d = p_.headdim;
-    const int64_t slot = row * size_, dv = p_.headdim_v;
+    const int64_t slot = p_.cache.slot(sequence, head_, p_.num_kv_heads);
+    const int64_t d = p_.headdim, dv = p_.headdim_v;
     for (int64_t i = 0; i < size_; ++i) {
       final.cache_position[slot + i] = i < count ? position_[i] : -1;
     }
@@ -90,9 +92,10 @@ class HardKeys {
     for (int64_t i = 0; final.cache_decay && i < count; ++i) {
       static_cast<Acc*>(final.cache_decay)[slot + i] = static_cast<Acc>(since_[i] / kLog2E);
     }
-    Acc* votes = static_cast<Acc*>(final.votes) + row * (size_ + p_.window);
+    Acc* votes = static_cast<Acc*>(final.votes) + first_vote(sequence);
     std::memcpy(votes, votes_, count * sizeof(Acc));
     std::memcpy(votes + size_, votes_ + count, p_.window * sizeof(Acc));
+    const int64_t row = sequence * p_.num_kv_heads + head_;
     Acc* sums = static_cast<Acc*>(final.sums) + row * (d + dv);
     std::memcpy(sums, key_sum_, d * sizeof(Acc));
     std::memcpy(sums + d, value_sum_, dv * sizeof(Acc));
@@ -100,7 +103,7 @@ class HardKeys {
 
   // New tokens.
   void see(const Acc* new_keys, const Acc* new_values, int64_t rows) {
-    if (!voting_) return;
+    if (!choosing_) return;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < p_.headdim; ++j) key_sum_[j] += new_keys[r * dp_ + j];
       for (int64_t j = 0; j < p_.headdim_v; ++j) value_sum_[j] += new_values[r * vp_ + j];
@@ -126,7 +129,7 @@ class HardKeys {
     const int64_t w = p_.window, first = (block - 2) * w;
     const int64_t rest = p_.sinks > first ? p_.sinks - first : 0, sinks = rest < w ? rest : w;
     if (p_.given != nullptr) {
-      const int32_t* given = p_.given + row_of(block) * size_;
+      const int32_t* given = p_.given + row_of(block) * p_.cache.most;
       for (int64_t i = 0; i < size_; ++i) wanted_[i] = given[i];
     } else {
       choose(block_keys, block_values, sinks, first);
@@ -167,9 +170,10 @@ class HardKeys {
 
   // Notes which keys the slots hold while the queries of a block run.
   void note(int64_t block) const {
-    if (p_.chosen == nullptr || size_ == 0) return;
-    int32_t* row = p_.chosen + row_of(block) * size_;
-    for (int64_t i = 0; i < size_; ++i)
+    if (p_.chosen == nullptr) return;
+    const int64_t most = p_.cache.most;
+    int32_t* row = p_.chosen + row_of(block) * most;
+    for (int64_t i = 0; i < most; ++i)
       row[i] = static_cast<int32_t>(i < count ? position_[i] : -1);
   }
 
@@ -179,7 +183,7 @@ class HardKeys {
   void choose(const Acc* block_keys, const Acc* block_values, int64_t sinks, int64_t first) {
     const int64_t fresh = p_.window - sinks, n = count + fresh;
     fill(kept_, n, n <= size_);
-    if (n > size_) {
+    if (n > size_ && size_ > 0) {
       const Acc tokens = static_cast<Acc>(first + 2 * p_.window);
       const Acc length = std::sqrt(dot(key_sum_, key_sum_, p_.headdim));
       for (int64_t i = 0; i < n; ++i) {
@@ -226,10 +230,14 @@ class HardKeys {
     left_since[left++] = since;
   }
   int64_t row_of(int64_t block) const { return first_row_ + block - first_block_; }
+  int64_t first_vote(int64_t sequence) const {
+    return p_.cache.vote(sequence, head_, p_.num_kv_heads, p_.window);
+  }
 
   const LinearAttentionParams& p_;
-  const int64_t size_, dp_, vp_;
-  const bool voting_;
+  const int64_t dp_, vp_;
+  const bool choosing_;
+  int64_t head_ = 0, size_ = 0;  // the head's slots
   int64_t first_row_ = 0, first_block_ = 0;
   int64_t* position_ = nullptr;  // of the keys in the slots
   int64_t* wanted_ = nullptr;    // of those to be in them

@@ -25,8 +25,8 @@ class KeyWalk {
     const int64_t w = p.window, tile_rows = w > 0 ? 2 * w : kTile;
     keys_ = scratch.take<Acc>(tile_rows * dp);
     values_ = scratch.take<Acc>(tile_rows * vp);
-    kept_keys = scratch.take<Acc>((p.sinks + p.cache_size) * dp);
-    kept_values = scratch.take<Acc>((p.sinks + p.cache_size) * vp);
+    kept_keys = scratch.take<Acc>((p.sinks + p.cache.most) * dp);
+    kept_values = scratch.take<Acc>((p.sinks + p.cache.most) * vp);
     hard.keys = kept_keys + p.sinks * dp;
     hard.values = kept_values + p.sinks * vp;
     log_decay_ = scratch.take<double>(tile_rows);
@@ -103,7 +103,7 @@ class KeyWalk {
   void finish(const AttentionState& final) const {
     store_state(final);
     store_near(final);
-    hard.write(final, sequence, head);
+    hard.write(final, sequence);
   }
   int64_t last_position() const { return first_position + (end_token - begin_token); }
 
@@ -137,7 +137,7 @@ class KeyWalk {
   Acc* tile_keys = nullptr;    // (rows, dp)
   Acc* tile_values = nullptr;  // (rows, vp)
   int64_t sink_columns = 0, kept_columns = 0, window_columns = 0;
-  Acc* kept_keys = nullptr;  // (sinks + cache_size, dp)
+  Acc* kept_keys = nullptr;  // (sinks + slots, dp)
   Acc* kept_values = nullptr;
   const Acc* window_keys = nullptr;  // (window_columns, dp)
   const Acc* window_values = nullptr;
@@ -238,7 +238,7 @@ class KeyWalk {
   // The first token of a block arrives: the block two before it folds into the state.
   void advance_block() {
     const int64_t w = p.window, block = position / w;
-    if (block >= 2 && p.cache_size > 0) {
+    if (block >= 2 && p.cache.most > 0) {
       leave_for_good(block);
     } else if (block >= 2 && has_far) {
       for (int64_t r = 0; r < w; r += kTile) {

@@ -61,7 +61,7 @@ class LinearAttentionForward {
  public:
   explicit LinearAttentionForward(const LinearAttentionParams& params)
       : p_(params), walk_(params, scratch_) {
-    near_stride_ = padded<Acc>(p_.sinks + p_.cache_size + 2 * p_.window);
+    near_stride_ = padded<Acc>(p_.sinks + p_.cache.most + 2 * p_.window);
     q_ = scratch_.take<Acc>(kTile * walk_.dp);
     scaled_q_ = scratch_.take<Acc>(kTile * walk_.dp);
     near_ = scratch_.take<Acc>(kTile * near_stride_);

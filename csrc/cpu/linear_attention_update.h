@@ -16,7 +16,7 @@ class LinearAttentionUpdate {
         dp_(padded<Acc>(p_.headdim)),
         vp_(padded<Acc>(p_.headdim_v)),
         mp_(padded<Acc>(p_.num_features)),
-        near_stride_(padded<Acc>(p_.sinks + p_.cache_size + 2 * p_.window)),
+        near_stride_(padded<Acc>(p_.sinks + p_.cache.most + 2 * p_.window)),
         has_decay_(p_.num_features > 0 && p_.log_decay != nullptr) {
     q_ = scratch_.take<Acc>(groups_ * dp_);
     key_ = scratch_.take<Acc>(dp_);
@@ -38,13 +38,16 @@ class LinearAttentionUpdate {
     head_ = task % p_.num_kv_heads;
     state_row_ = task;
     position_ = p_.final.length ? p_.final.length[sequence_] : 0;
+    slots_ = p_.cache.of(head_);
+    first_slot_ = p_.cache.slot(sequence_, head_, p_.num_kv_heads);
     hard_count_ = 0;
-    for (const int64_t* held = hard_positions(); hard_count_ < p_.cache_size; ++hard_count_) {
+    for (const int64_t* held = p_.final.cache_position + first_slot_; hard_count_ < slots_;
+         ++hard_count_) {
       if (held[hard_count_] < 0) break;
     }
     const int64_t w = p_.window;
     const bool leaves = w > 0 && position_ % w == 0 && position_ >= 2 * w;
-    if (leaves && (p_.num_features > 0 || p_.cache_size > 0)) {
+    if (leaves && (p_.num_features > 0 || p_.cache.most > 0)) {
       if (forward_ == nullptr) forward_ = new (storage_) LinearAttentionForward<Acc>(p_);
       forward_->run({task}, p_.final, p_.final);
       return;
@@ -87,7 +90,7 @@ class LinearAttentionUpdate {
         static_cast<Acc*>(p_.final.window_decay)[slot] = static_cast<Acc>(log_decay_);
       }
     }
-    if (p_.cache_size > 0) {
+    if (p_.cache.most > 0) {
       Acc* sums = static_cast<Acc*>(p_.final.sums) + state_row_ * (d + dv);
       for (int64_t j = 0; j < d; ++j) sums[j] += key_[j];
       for (int64_t j = 0; j < dv; ++j) sums[d + j] += value_[j];
@@ -109,10 +112,6 @@ class LinearAttentionUpdate {
   int64_t kept_columns() const { return sink_columns() + hard_count_; }
   int64_t near_columns() const { return kept_columns() + (position_ + 1 - window_start()); }
 
-  const int64_t* hard_positions() const {
-    return p_.final.cache_position + state_row_ * p_.cache_size;
-  }
-
   template <typename Body>
   void for_each_near(const void* sinks, const void* hard, const void* window, int64_t dim,
                      const Body& body) {
@@ -122,7 +121,7 @@ class LinearAttentionUpdate {
       body(s);
     }
     for (int64_t i = 0; i < hard_count_; ++i) {
-      load_row(p_.dtype, hard, (state_row_ * p_.cache_size + i) * dim, 1, dim, row_);
+      load_row(p_.dtype, hard, (first_slot_ + i) * dim, 1, dim, row_);
       body(sink_columns() + i);
     }
     for (int64_t s = start; s <= position_; ++s) {
@@ -160,7 +159,7 @@ class LinearAttentionUpdate {
       }
       fill(near + columns, near_stride_ - columns, Acc(0));
       den_[g] = row_sum(near, columns);
-      if (p_.cache_size > 0 && position_ >= p_.window && den_[g] > 0) vote(near, den_[g]);
+      if (p_.cache.most > 0 && position_ >= p_.window && den_[g] > 0) vote(near, den_[g]);
     }
     for_each_near(p_.final.sink_v, p_.final.cache_v, p_.final.window_v, p_.headdim_v,
                   [&](int64_t s) {
@@ -174,8 +173,9 @@ class LinearAttentionUpdate {
 
   // As HardKeys::vote: the first slot's vote, then the block before.
   void vote(const Acc* near, Acc total) {
-    const int64_t c = p_.cache_size, w = p_.window;
-    Acc* votes = static_cast<Acc*>(p_.final.votes) + state_row_ * (c + w);
+    const int64_t c = slots_, w = p_.window;
+    Acc* votes = static_cast<Acc*>(p_.final.votes) +
+                 p_.cache.vote(sequence_, head_, p_.num_kv_heads, w);
     const Acc inverse = 1 / total;
     const Acc* weights = near + sink_columns();
     for (int64_t i = 0; i < hard_count_; ++i) votes[i] += weights[i] * inverse;
@@ -277,7 +277,8 @@ class LinearAttentionUpdate {
   LinearAttentionForward<Acc>* forward_ = nullptr;  // in storage_, once a block folds
 
   int64_t sequence_ = 0, head_ = 0, state_row_ = 0, position_ = 0;
-  int64_t hard_count_ = 0;  // hard keys in the slots
+  int64_t slots_ = 0, first_slot_ = 0;  // the head's
+  int64_t hard_count_ = 0;              // hard keys in them
   double log_decay_ = 0;    // natural, of the token
   Acc* q_ = nullptr;        // (groups, dp)
   Acc* key_ = nullptr;

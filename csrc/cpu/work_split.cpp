@@ -35,7 +35,7 @@ double state_cost(const LinearAttentionParams& p) {
 // A product of a query's weights for the keys beside it with rows of `dim`.
 double tile_cost(const LinearAttentionParams& p, int64_t dim) {
   const double keys = p.window > 0 ? kNearWeight * static_cast<double>(p.window) : kTile / 2.0;
-  return (keys + static_cast<double>(p.cache_size)) * static_cast<double>(dim);
+  return (keys + static_cast<double>(p.cache.most)) * static_cast<double>(dim);
 }
 double rows_cost(const LinearAttentionParams& p) {
   return 1 + 4.0 * static_cast<double>(p.headdim + p.headdim_v);  // read, widened, written
@@ -87,7 +87,7 @@ class Splitter {
     const bool in_place = p_.initial.kv ? p_.initial.kv == p_.final.kv
                                         : p_.initial.length && p_.initial.length == p_.final.length;
     // Queries choose the hard keys of later ones.
-    const bool chosen = p_.cache_size > 0 && (p_.given == nullptr || p_.final.votes != nullptr);
+    const bool chosen = p_.cache.most > 0 && (p_.given == nullptr || p_.final.votes != nullptr);
     least_ = in_place || chosen || p_.headdim_v == 0 ? std::numeric_limits<int64_t>::max() / 2
                                                      : kLeastTokens;
   }

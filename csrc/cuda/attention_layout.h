@@ -55,13 +55,13 @@ struct Workspace {
   float* near_scale;       // its near part
   uint8_t* exact;          // rows that underflowed, over query tokens
   // With hard keys, over (kv heads, cache_rows, ..): what holds when a row's block begins.
-  int32_t* chosen;       // (.., cache_size): positions in the slots; null: given
+  int32_t* chosen;       // (.., most slots): positions in the slots; null: given
   const int32_t* slots;  // the same
   int32_t* slot_count;   // filled ones
   Place* left;           // (.., window): the keys that leave then
   float* left_decay;     // (.., window): base-2 decay from each to the end of its last block
   int32_t* left_count;
-  float* cache_features;  // (num_seqs, kv heads, cache_size, num_features): of the given state
+  float* cache_features;  // (num_seqs, all slots, num_features): of the given state
 };
 
 struct Attention {
@@ -104,7 +104,7 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   if (!p.segments) a.params.num_seqs = p.batch;
   const int64_t seqs = a.params.num_seqs;
   a.group = static_cast<int>(p.num_heads / p.num_kv_heads);
-  const bool one_block = p.window >= kChunk || p.cache_size > 0;
+  const bool one_block = p.window >= kChunk || p.cache.most > 0;
   a.chunk_size = static_cast<int>(p.window == 0 ? kChunk
                                   : one_block   ? p.window
                                                 : kChunk / p.window * p.window);
@@ -132,11 +132,11 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   w.row_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
   w.near_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
   w.exact = arena.take<uint8_t>(p.batch * p.num_heads * p.seqlen);
-  if (p.cache_size == 0) return a;
+  if (p.cache.most == 0) return a;
   a.cache_rows = a.params.cache_rows();
   const int64_t rows = p.num_kv_heads * a.cache_rows;
   const bool kept = p.given || p.chosen;  // by the caller
-  int32_t* own = arena.take<int32_t>(kept ? 0 : rows * p.cache_size);
+  int32_t* own = arena.take<int32_t>(kept ? 0 : rows * p.cache.most);
   w.chosen = p.given ? nullptr : p.chosen ? p.chosen : own;
   w.slots = p.given ? p.given : w.chosen;
   w.slot_count = arena.take<int32_t>(rows);
@@ -144,7 +144,7 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   w.left_decay = arena.take<float>(rows * p.window);
   w.left_count = arena.take<int32_t>(rows);
   const bool resumed = p.initial.cache_position != nullptr;
-  w.cache_features = arena.take<float>(resumed ? seqs * p.num_kv_heads * p.cache_size * m : 0);
+  w.cache_features = arena.take<float>(resumed ? seqs * p.cache.all(p.num_kv_heads) * m : 0);
   return a;
 }
 
@@ -197,8 +197,7 @@ struct Keys {
     return hard >= 0 && pos < (block - 1) * a.params.window;
   }
   __device__ int64_t hard_slot(int64_t hard) const {
-    return (static_cast<int64_t>(c.seq) * a.params.num_kv_heads + head) * a.params.cache_size +
-           hard;
+    return a.params.cache.slot(c.seq, head, a.params.num_kv_heads) + hard;
   }
   __device__ Row<T> from_state(int64_t pos, int64_t hard, const void* sinks, const void* slots,
                                const void* window, int64_t dim) const {
@@ -285,7 +284,7 @@ struct FoldedKeys {
         levels(a.has_decay ? levels_of(a, index, kv_head) : nullptr),
         first(chunk.key_skip),
         count(chunk.key_count) {
-    if (a.params.cache_size == 0 || count == 0) return;
+    if (a.params.cache.most == 0 || count == 0) return;
     const int64_t w = a.params.window;
     const int64_t row = row_of(a, c, kv_head, (c.key_pos + count - 1) / w + 2);
     left = a.work.left + row * w;
@@ -323,9 +322,9 @@ struct NearTiles {
       if (window_begin < p.sinks) window_begin = p.sinks;
       if (window_begin > window_end) window_begin = window_end;
     }
-    if (p.cache_size > 0) {
+    if (p.cache.most > 0) {
       const int64_t row = row_of(a, c, kv_head, first / p.window);
-      slots = a.work.slots + row * p.cache_size;
+      slots = a.work.slots + row * p.cache.most;
       hard = a.work.slot_count[row];
     }
     sink_tiles = static_cast<int>((sinks + kRows - 1) / kRows);

@@ -76,7 +76,8 @@ struct FeatureRows {
   float scale;         // sqrt(scale) log2 e
   float square_scale;  // scale log2 e, for beta |x|^2
   FeatureKind kind;
-  float* out;  // (batch, heads, seqlen, features)
+  float* out;         // (batch, heads, seqlen, features)
+  int64_t out_batch;  // rows between its batches
 };
 
 constexpr int kFeatureShared = (2 * kDepthTile + kSquareTile + kRows) * sizeof(float);
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) compute_features(FeatureRows f) {
   const int64_t first = blockIdx.x % tiles * kRows;
   const int64_t head = blockIdx.x / tiles % f.heads, batch = blockIdx.x / tiles / f.heads;
   const int rows = static_cast<int>(f.seqlen - first < kRows ? f.seqlen - first : kRows);
-  float* out = f.out + ((batch * f.heads + head) * f.seqlen + first) * f.features;
+  float* out = f.out + (batch * f.out_batch + head * f.seqlen + first) * f.features;
   const int tid = threadIdx.x;
 
   if (f.kind == FeatureKind::kGiven) {
@@ -342,6 +343,7 @@ inline FeatureRows feature_rows(const LinearAttentionParams& p, const ConstView&
   f.square_scale = static_cast<float>(p.scale * 1.4426950408889634);
   f.kind = p.kind;
   f.out = out;
+  f.out_batch = heads * p.seqlen;
   return f;
 }
 
@@ -353,13 +355,35 @@ void launch_features(const FeatureRows& f, cudaStream_t stream) {
                  kFeatureShared, stream, f);
 }
 
+// Of the keys in the slots of the given state: heads together where they have as many.
+template <class T>
+void launch_cache_features(const Attention& a, cudaStream_t stream) {
+  const LinearAttentionParams& p = a.params;
+  const int64_t all = p.cache.all(p.num_kv_heads), heads = p.cache.own ? 1 : p.num_kv_heads;
+  for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
+    const int64_t slots = p.cache.of(head), first = p.cache.slot(0, head, p.num_kv_heads);
+    const ConstView cache{static_cast<const T*>(p.initial.cache_k) + first * p.headdim,
+                          all * p.headdim, slots * p.headdim, p.headdim, 1};
+    const int64_t m = p.num_features;
+    FeatureParams fk = p.fk;
+    if (fk.omega) fk.omega = static_cast<const float*>(fk.omega) + head * m * p.headdim;
+    if (fk.log_weight) fk.log_weight = static_cast<const float*>(fk.log_weight) + head * m;
+    if (fk.beta) fk.beta = static_cast<const float*>(fk.beta) + head;
+    FeatureRows f = feature_rows(p, cache, fk, heads, a.work.cache_features + first * m);
+    f.batch = p.num_seqs;
+    f.seqlen = slots;
+    f.out_batch = all;
+    launch_features<T>(f, stream);
+  }
+}
+
 template <class T, bool kGiven>
 void launch_states(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
   const auto chunks = static_cast<unsigned>(a.max_chunks);
   const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
   DIJIANG_LAUNCH(build_chunks, 1, kThreads, kThreads * sizeof(int), stream, a);
-  if (p.cache_size > 0) launch_hard_keys<T>(a, stream);
+  if (p.cache.most > 0) launch_hard_keys<T>(a, stream);
   if (p.num_features == 0) return;
   if (a.has_decay) DIJIANG_LAUNCH(sum_levels, dim3(chunks, kv_heads), 32, 0, stream, a);
 
@@ -372,17 +396,10 @@ void launch_states(const Attention& a, cudaStream_t stream) {
     FeatureRows f = feature_rows(p, window, p.fk, p.num_kv_heads, a.work.window_features);
     f.batch = p.num_seqs;
     f.seqlen = slots;
+    f.out_batch = p.num_kv_heads * slots;
     launch_features<T>(f, stream);
   }
-  if (a.work.cache_features) {
-    const int64_t slots = p.cache_size;
-    const ConstView cache{p.initial.cache_k, p.num_kv_heads * slots * p.headdim, slots * p.headdim,
-                          p.headdim, 1};
-    FeatureRows f = feature_rows(p, cache, p.fk, p.num_kv_heads, a.work.cache_features);
-    f.batch = p.num_seqs;
-    f.seqlen = slots;
-    launch_features<T>(f, stream);
-  }
+  if (a.work.cache_features) launch_cache_features<T>(a, stream);
   const auto feature_tiles = static_cast<unsigned>(ceil_div(p.num_features, kRows));
   const auto column_tiles = static_cast<unsigned>(ceil_div(p.headdim_v, kRows));
   DIJIANG_LAUNCH((local_states<T, kGiven>), dim3(chunks * feature_tiles, kv_heads, column_tiles),

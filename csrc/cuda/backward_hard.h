@@ -25,14 +25,14 @@ __global__ void __launch_bounds__(kThreads) grad_hard_keys(Backward b) {
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
   const KeyColumns<kColumns> columns(p);
-  const int64_t slot_tiles = (p.cache_size + kRows - 1) / kRows;
+  const int64_t slot_tiles = (p.cache.most + kRows - 1) / kRows;
   const int64_t n = blockIdx.x / slot_tiles, slot0 = blockIdx.x % slot_tiles * kRows;
   const int head = blockIdx.y, tid = threadIdx.x;
   const Sequence s = find_sequence(a, n);
   if (s.length == 0) return;
   const Chunk c = whole_sequence(a, n, s);
   const Keys<T> keys{a, c, head};
-  const int slots = static_cast<int>(p.cache_size - slot0 < kRows ? p.cache_size - slot0 : kRows);
+  const int slots = static_cast<int>(p.cache.most - slot0 < kRows ? p.cache.most - slot0 : kRows);
 
   // What slot r gathered goes to its key.
   const auto flush = [&](int r, int j) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) grad_hard_keys(Backward b) {
 
   for (int64_t block = (c.end_pos - 1) / p.window; block >= s.start_pos / p.window; --block) {
     const int64_t row = row_of(a, c, head, block);
-    const int32_t* now = a.work.slots + row * p.cache_size + slot0;
+    const int32_t* now = a.work.slots + row * p.cache.most + slot0;
     const int64_t filled = a.work.slot_count[row] - slot0;
     const int count = static_cast<int>(filled < 0 ? 0 : filled < slots ? filled : slots);
     for (int e = tid; e < slots * kColumns; e += kThreads) {

@@ -8,19 +8,19 @@ namespace dijiang::cuda {
 
 // Candidates: the slots' keys, then the block's without sinks.
 struct Choice {
-  float* votes;    // (cache_size + window): of slots, then of the block
+  float* votes;    // (slots + window): of slots, then of the block
   float* sums;     // (headdim + headdim_v): of all tokens
-  int* held;       // (cache_size): positions in the slots, before and after
+  int* held;       // (most slots): positions in the slots, before and after
   float* novelty;  // (candidates), like the rest
   int* position;
   int* entering;  // scratch: those of the block that stay, in order
   int* kept;
 
   __host__ __device__ static int64_t candidates(const LinearAttentionParams& p) {
-    return p.cache_size + p.window;
+    return p.cache.most + p.window;
   }
   // What `take` takes, in floats.
-  static int64_t floats(const LinearAttentionParams& p) { return 4 * candidates(p) + p.cache_size; }
+  static int64_t floats(const LinearAttentionParams& p) { return 4 * candidates(p) + p.cache.most; }
   // All but votes and sums.
   __device__ void take(const LinearAttentionParams& p, float* shared) {
     const int64_t n = candidates(p);
@@ -34,7 +34,7 @@ struct Choice {
 
 // How many slots are filled, by a whole thread block.
 __device__ inline void count_filled(const int* slots, int64_t size, int32_t* count) {
-  if (threadIdx.x == 0 && slots[0] < 0) *count = 0;
+  if (threadIdx.x == 0 && (size == 0 || slots[0] < 0)) *count = 0;
   for (int64_t i = threadIdx.x; i < size; i += kThreads) {
     const bool last = slots[i] >= 0 && (i + 1 == size || slots[i + 1] < 0);
     if (last) *count = static_cast<int32_t>(i + 1);
@@ -48,10 +48,12 @@ struct Candidates {
   int count;        // slots + window - skip
   int64_t leaving;  // position of the block's first key
 
-  __device__ Candidates(const LinearAttentionParams& p, const int* held, int64_t block)
+  // size: the head's slots.
+  __device__ Candidates(const LinearAttentionParams& p, const int* held, int64_t size,
+                        int64_t block)
       : leaving((block - 2) * p.window) {
     slots = 0;
-    while (slots < p.cache_size && held[slots] >= 0) ++slots;
+    while (slots < size && held[slots] >= 0) ++slots;
     const int64_t sinks = p.sinks - leaving;
     skip = static_cast<int>(sinks < 0 ? 0 : sinks < p.window ? sinks : p.window);
     count = slots + static_cast<int>(p.window) - skip;
@@ -82,16 +84,16 @@ __device__ inline void keep_best(int n, int wanted, int* kept, int* marks, Score
 // Sets choice.kept and the new choice.held; key_of(i) and value_of(i) are the candidates' rows. The
 // old choice.held, votes and sums are complete, a barrier behind them.
 template <class KeyOf, class ValueOf>
-__device__ inline void choose(const LinearAttentionParams& p, const Candidates& all,
+__device__ inline void choose(const LinearAttentionParams& p, int size, const Candidates& all,
                               const Choice& choice, KeyOf key_of, ValueOf value_of) {
-  const int size = static_cast<int>(p.cache_size), n = all.count, slots = all.slots;
+  const int n = all.count, slots = all.slots;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   for (int i = tid; i < n; i += kThreads) {
     choice.position[i] = i < slots ? choice.held[i] : static_cast<int>(all.leaving) + all.row(i);
     choice.kept[i] = n <= size;
   }
   __syncthreads();
-  if (n > size) {
+  if (n > size && size > 0) {
     const auto tokens = static_cast<float>(all.leaving + 2 * p.window);
     float length = 0.0f;
     for (int64_t k = 0; k < p.headdim; ++k) length = fmaf(choice.sums[k], choice.sums[k], length);
@@ -140,9 +142,8 @@ __device__ inline void choose(const LinearAttentionParams& p, const Candidates& 
 
 // Votes for the next choice, once `held` is new: of those that stay or enter, some of what they
 // had. Barriers before and after.
-__device__ inline void carry_votes(const LinearAttentionParams& p, const Choice& choice,
-                                   int64_t leaving) {
-  const int64_t size = p.cache_size;
+__device__ inline void carry_votes(const LinearAttentionParams& p, int64_t size,
+                                   const Choice& choice, int64_t leaving) {
   __syncthreads();
   for (int64_t i = threadIdx.x; i < size; i += kThreads) {
     const int64_t at = choice.held[i] >= leaving ? size + choice.held[i] - leaving : i;

@@ -49,6 +49,7 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
                                  ChoiceTiles& tiles) {
   const LinearAttentionParams& p = a.params;
   const Keys<T> keys{a, c, head};
+  const int64_t size = p.cache.of(head);
   const int tid = threadIdx.x, row = tid / 4, part = tid % 4;
   const int64_t begin = block * p.window > c.start_pos ? block * p.window : c.start_pos;
   const int64_t end = (block + 1) * p.window < c.end_pos ? (block + 1) * p.window : c.end_pos;
@@ -91,14 +92,14 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
         if (s < near.size(tile)) {
           const int64_t at = near.is_hard(tile)
                                  ? near.begin(tile) + s
-                                 : p.cache_size + near.begin(tile) + s - (block - 1) * p.window;
+                                 : size + near.begin(tile) + s - (block - 1) * p.window;
           float votes = 0.0f;
           for (int r = 0; r < rows; ++r) {
             if (!(tiles.row_sum[r] > 0.0f)) continue;
             const float x = tiles.scores[r * kRowStride + s] * score_scale(p);
             votes += exp2f(x - tiles.row_top[r]) / tiles.row_sum[r];
           }
-          if (at < p.cache_size + p.window) tiles.choice.votes[at] += votes;
+          if (at < size + p.window) tiles.choice.votes[at] += votes;
         }
         __syncthreads();
       }
@@ -116,16 +117,18 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
   const int head = blockIdx.y, tid = threadIdx.x;
   const Sequence s = find_sequence(a, n);
   const Chunk c = whole_sequence(a, n, s);
-  const int64_t cell = n * p.num_kv_heads + head, size = p.cache_size, w = p.window;
+  const int64_t cell = n * p.num_kv_heads + head, w = p.window;
+  const int64_t size = p.cache.of(head), most = p.cache.most;
+  const int64_t slot = p.cache.slot(n, head, p.num_kv_heads);
+  const int64_t vote = p.cache.vote(n, head, p.num_kv_heads, w);
   const int64_t width = p.headdim + p.headdim_v;
   const bool resumed = p.initial.cache_position != nullptr;
   for (int64_t i = tid; i < size; i += kThreads) {
-    tiles.choice.held[i] =
-        resumed ? static_cast<int>(p.initial.cache_position[cell * size + i]) : -1;
+    tiles.choice.held[i] = resumed ? static_cast<int>(p.initial.cache_position[slot + i]) : -1;
   }
   for (int64_t i = tid; i < size + w; i += kThreads) {
     tiles.choice.votes[i] =
-        resumed ? static_cast<const float*>(p.initial.votes)[cell * (size + w) + i] : 0.0f;
+        resumed ? static_cast<const float*>(p.initial.votes)[vote + i] : 0.0f;
   }
   for (int64_t j = tid; j < width; j += kThreads) {
     tiles.choice.sums[j] =
@@ -138,21 +141,21 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
     const int64_t row = row_of(a, c, head, block);
     if (block >= 2 && block * w >= s.start_pos) {
       if (a.work.chosen) {
-        const Candidates all(p, tiles.choice.held, block);
+        const Candidates all(p, tiles.choice.held, size, block);
         const Keys<T> keys{a, c, head};
         const auto place = [&](int i) { return i < all.slots ? i : -1; };
         choose(
-            p, all, tiles.choice,
+            p, static_cast<int>(size), all, tiles.choice,
             [&](int i) { return keys.key(tiles.choice.position[i], place(i)); },
             [&](int i) { return keys.value(tiles.choice.position[i], place(i)); });
       } else {
         for (int64_t i = tid; i < size; i += kThreads)
-          tiles.choice.held[i] = p.given[row * size + i];
+          tiles.choice.held[i] = p.given[row * most + i];
       }
-      carry_votes(p, tiles.choice, (block - 2) * w);
+      carry_votes(p, size, tiles.choice, (block - 2) * w);
     }
-    for (int64_t i = tid; a.work.chosen && i < size; i += kThreads) {
-      a.work.chosen[row * size + i] = tiles.choice.held[i];
+    for (int64_t i = tid; a.work.chosen && i < most; i += kThreads) {
+      a.work.chosen[row * most + i] = i < size ? tiles.choice.held[i] : -1;
     }
     count_filled(tiles.choice.held, size, a.work.slot_count + row);
     __syncthreads();
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
   }
   if (p.final.votes == nullptr) return;
   for (int64_t i = tid; i < size + w; i += kThreads) {
-    static_cast<float*>(p.final.votes)[cell * (size + w) + i] = tiles.choice.votes[i];
+    static_cast<float*>(p.final.votes)[vote + i] = tiles.choice.votes[i];
   }
   for (int64_t j = tid; j < width; j += kThreads) {
     static_cast<float*>(p.final.sums)[cell * width + j] = tiles.choice.sums[j];
@@ -183,8 +186,8 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
 // --- those that leave ----------------------------------------------------------------------------
 
 inline size_t leaving_shared(const LinearAttentionParams& p) {
-  return (p.cache_size + p.window + 1) * sizeof(double) +
-         (2 * p.cache_size + 2 * p.window) * sizeof(int);
+  return (p.cache.most + p.window + 1) * sizeof(double) +
+         (2 * p.cache.most + 2 * p.window) * sizeof(int);
 }
 
 // Lists the keys that leave when each block begins, the slots' first, and writes the final state's
@@ -193,29 +196,29 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
   const LinearAttentionParams& p = a.params;
-  const int64_t size = p.cache_size, w = p.window, n = blockIdx.x;
-  auto* since = reinterpret_cast<double*>(raw);  // (cache_size): decay after the slots' keys
+  const int head = blockIdx.y, tid = threadIdx.x;
+  const int64_t size = p.cache.of(head), w = p.window, n = blockIdx.x;
+  auto* since = reinterpret_cast<double*>(raw);  // (slots): decay after the slots' keys
   double* after = since + size;  // (window + 1): decay of the block's tokens from a row on
   auto* held = reinterpret_cast<int*>(after + w + 1);
-  int* leaves = held + size;       // (cache_size + window)
+  int* leaves = held + size;       // (slots + window)
   int* stays = leaves + size + w;  // (window): rows of the block that enter
-  const int head = blockIdx.y, tid = threadIdx.x;
   const Sequence s = find_sequence(a, n);
   const Chunk c = whole_sequence(a, n, s);
   const Keys<T> keys{a, c, head};
-  const int64_t cell = n * p.num_kv_heads + head;
+  const int64_t slot = p.cache.slot(n, head, p.num_kv_heads);
   const bool resumed = p.initial.cache_position != nullptr;
   const auto* given_decay = static_cast<const float*>(p.initial.cache_decay);
   for (int64_t i = tid; i < size; i += kThreads) {
-    held[i] = resumed ? static_cast<int>(p.initial.cache_position[cell * size + i]) : -1;
-    since[i] = given_decay ? double(given_decay[cell * size + i]) * double(kLog2e) : 0.0;
+    held[i] = resumed ? static_cast<int>(p.initial.cache_position[slot + i]) : -1;
+    since[i] = given_decay ? double(given_decay[slot + i]) * double(kLog2e) : 0.0;
   }
   __syncthreads();
 
   const int64_t first = s.start_pos / w, last = s.length > 0 ? (c.end_pos - 1) / w : first - 1;
   for (int64_t block = first; block <= last; ++block) {
     const int64_t row = row_of(a, c, head, block), leaving = (block - 2) * w;
-    const int32_t* now = a.work.slots + row * size;
+    const int32_t* now = a.work.slots + row * p.cache.most;
     count_filled(now, size, a.work.slot_count + row);
     if (block < 2 || block * w < s.start_pos) continue;
     for (int64_t r = tid; r < w; r += kThreads) stays[r] = 0;
@@ -261,20 +264,20 @@ __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
   if (p.final.cache_position == nullptr) return;
   __syncthreads();
   for (int64_t i = tid; i < size; i += kThreads) {
-    p.final.cache_position[cell * size + i] = held[i];
+    p.final.cache_position[slot + i] = held[i];
     if (p.final.cache_decay) {
-      static_cast<float*>(p.final.cache_decay)[cell * size + i] =
+      static_cast<float*>(p.final.cache_decay)[slot + i] =
           static_cast<float>(held[i] < 0 ? 0.0 : since[i] / double(kLog2e));
     }
   }
   for (int64_t e = tid; e < size * p.headdim; e += kThreads) {
     const int64_t i = e / p.headdim, k = e % p.headdim;
-    auto* to = static_cast<T*>(p.final.cache_k) + cell * size * p.headdim;
+    auto* to = static_cast<T*>(p.final.cache_k) + slot * p.headdim;
     to[e] = from_float<T>(held[i] < 0 ? 0.0f : keys.key(held[i], i)[k]);
   }
   for (int64_t e = tid; e < size * p.headdim_v; e += kThreads) {
     const int64_t i = e / p.headdim_v, j = e % p.headdim_v;
-    auto* to = static_cast<T*>(p.final.cache_v) + cell * size * p.headdim_v;
+    auto* to = static_cast<T*>(p.final.cache_v) + slot * p.headdim_v;
     to[e] = from_float<T>(held[i] < 0 ? 0.0f : keys.value(held[i], i)[j]);
   }
 }

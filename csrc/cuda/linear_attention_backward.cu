@@ -34,10 +34,10 @@ void launch_near(const Backward& b, cudaStream_t stream) {
     DIJIANG_LAUNCH((grad_near_keys<T, kColumns, false>),
                    dim3(tiles, narrow(p.num_kv_heads), columns), kThreads, shared, stream, b);
   }
-  if (p.cache_size > 0) {
+  if (p.cache.most > 0) {
     constexpr size_t hard_shared = HardShared<kColumns>::kFloats * sizeof(float);
     allow_shared(grad_hard_keys<T, kColumns>, hard_shared);
-    const int64_t slot_tiles = ceil_div(p.cache_size, kRows);
+    const int64_t slot_tiles = ceil_div(p.cache.most, kRows);
     DIJIANG_LAUNCH((grad_hard_keys<T, kColumns>),
                    dim3(narrow(p.num_seqs * slot_tiles), narrow(p.num_kv_heads), columns), kThreads,
                    hard_shared, stream, b);

@@ -2,6 +2,7 @@
 // sums, the rare rows that underflowed, and the state's window and sink buffers.
 #include "cuda/attention_phases.h"
 #include "cuda/attention_rows.h"
+#include "cuda/fused_forward.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
 namespace dijiang::cuda {
@@ -541,6 +542,7 @@ cudaError_t forward_kind(const Attention& a, cudaStream_t stream) {
 }  // namespace
 
 size_t linear_attention_forward_workspace(const LinearAttentionParams& params) {
+  if (fused_forward_applies(params)) return fused_forward_workspace(params);
   Arena arena(nullptr);
   plan_attention(params, arena);
   return arena.used();
@@ -549,6 +551,7 @@ size_t linear_attention_forward_workspace(const LinearAttentionParams& params) {
 cudaError_t linear_attention_forward(const LinearAttentionParams& params, void* workspace,
                                      cudaStream_t stream) {
   if (const cudaError_t error = check_attention(params); error != cudaSuccess) return error;
+  if (fused_forward_applies(params)) return fused_forward(params, workspace, stream);
   Arena arena(workspace);
   const Attention a = plan_attention(params, arena);
   if (a.params.num_seqs == 0) return cudaSuccess;

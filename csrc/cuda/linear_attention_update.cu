@@ -18,7 +18,7 @@ struct UpdateTiles {
   float* values;   // (kFold, headdim_v)
   float* factor;   // (num_features): of the old state
   float* decay;    // (max(window, 1)): of the keys that are folded, up to the last of them
-  float* weights;  // (2 window + sinks + cache_size)
+  float* weights;  // (2 window + sinks + most slots)
   float* partial;  // (kThreads)
   float* scratch;  // (32)
   // With hard keys.
@@ -27,8 +27,8 @@ struct UpdateTiles {
 
   static int64_t floats(const LinearAttentionParams& p) {
     return kFold * (p.headdim + p.num_features + p.headdim_v) + p.num_features +
-           (p.window > 0 ? p.window : 1) + 2 * p.window + p.sinks + p.cache_size + kThreads + 32 +
-           (p.cache_size > 0 ? Choice::floats(p) + p.window : 0);
+           (p.window > 0 ? p.window : 1) + 2 * p.window + p.sinks + p.cache.most + kThreads + 32 +
+           (p.cache.most > 0 ? Choice::floats(p) + p.window : 0);
   }
   __device__ UpdateTiles(const LinearAttentionParams& p, float* shared) {
     x = shared;
@@ -37,11 +37,11 @@ struct UpdateTiles {
     factor = values + kFold * p.headdim_v;
     decay = factor + p.num_features;
     weights = decay + (p.window > 0 ? p.window : 1);
-    partial = weights + 2 * p.window + p.sinks + p.cache_size;
+    partial = weights + 2 * p.window + p.sinks + p.cache.most;
     scratch = partial + kThreads;
-    if (p.cache_size == 0) return;
+    if (p.cache.most == 0) return;
     choice.take(p, scratch + 32);
-    left = choice.held + p.cache_size;
+    left = choice.held + p.cache.most;
   }
 };
 
@@ -135,31 +135,33 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
   using F = Feature<kGiven>;
 
   // --- hard keys: which of those that leave the window and of those in the slots stay -----------
-  const int64_t size = p.cache_size;
-  auto* cache_k = static_cast<T*>(p.final.cache_k) + cell * size * d;
-  auto* cache_v = static_cast<T*>(p.final.cache_v) + cell * size * dv;
+  const bool cached = p.cache.most > 0;
+  const int64_t size = p.cache.of(head), first_slot = p.cache.slot(seq, head, p.num_kv_heads);
+  auto* cache_k = static_cast<T*>(p.final.cache_k) + first_slot * d;
+  auto* cache_v = static_cast<T*>(p.final.cache_v) + first_slot * dv;
   float* cache_decay =
-      p.final.cache_decay ? static_cast<float*>(p.final.cache_decay) + cell * size : nullptr;
+      p.final.cache_decay ? static_cast<float*>(p.final.cache_decay) + first_slot : nullptr;
   const bool leaves = w > 0 && pos % w == 0 && pos >= 2 * w;
-  if (size > 0) {
-    const int64_t* positions = p.final.cache_position + cell * size;
-    tiles.choice.votes = static_cast<float*>(p.final.votes) + cell * (size + w);
+  if (cached) {
+    const int64_t* positions = p.final.cache_position + first_slot;
+    tiles.choice.votes =
+        static_cast<float*>(p.final.votes) + p.cache.vote(seq, head, p.num_kv_heads, w);
     tiles.choice.sums = static_cast<float*>(p.final.sums) + cell * (d + dv);
     for (int64_t i = tid; i < size; i += kThreads) {
       tiles.choice.held[i] = static_cast<int>(positions[i]);
     }
     __syncthreads();
   }
-  const Candidates all(p, size > 0 ? tiles.choice.held : nullptr, w > 0 ? pos / w : 0);
+  const Candidates all(p, cached ? tiles.choice.held : nullptr, size, w > 0 ? pos / w : 0);
   int64_t hard = all.slots;  // filled ones
   // A candidate's row in its buffer.
   const auto candidate = [&](int i, T* slots, T* window, int64_t dim) -> T* {
     return i < all.slots ? slots + i * dim : window + (all.leaving + all.row(i)) % (2 * w) * dim;
   };
   int left = 0;
-  if (size > 0 && leaves) {
+  if (cached && leaves) {
     choose(
-        p, all, tiles.choice,
+        p, static_cast<int>(size), all, tiles.choice,
         [&](int i) {
           return Row<T>{candidate(i, cache_k, window_k, d), 1};
         },
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
 
   // --- fold: this token when there is no window, else the keys that leave ---------------------
   const bool folds = m > 0 && (w == 0 || leaves);
-  if (folds || (size > 0 && leaves)) {
+  if (folds || (cached && leaves)) {
     const int64_t begin = w == 0 ? pos : pos - 2 * w;
     const int keys = w == 0 ? 1 : static_cast<int>(w);
     double total = 0.0;  // every thread alike
@@ -194,13 +196,13 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     }
     // Rows [skip, count) fold: of the block, or of the list of those that leave.
     const int sinks_of_block = w == 0 ? int(pos < n) : all.skip;
-    const int skip = size > 0 ? 0 : sinks_of_block, count = size > 0 ? left : keys;
+    const int skip = cached ? 0 : sinks_of_block, count = cached ? left : keys;
     const auto source = [&](int s, T* slots, T* window, int64_t dim) -> const T* {
-      if (size > 0) return candidate(tiles.left[s], slots, window, dim);
+      if (cached) return candidate(tiles.left[s], slots, window, dim);
       return window + (begin + s) % (2 * w) * dim;
     };
     const auto decay_of = [&](int s) {
-      if (size == 0) return tiles.decay[s];
+      if (!cached) return tiles.decay[s];
       const int i = tiles.left[s];
       if (i >= all.slots) return tiles.decay[all.row(i)];
       return static_cast<float>(total +
@@ -256,10 +258,10 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
       } while (s0 < count);
     }
     __syncthreads();
-    if (size > 0) {
+    if (cached) {
       // The keys that enter, from the window to their slots.
       const auto* held = tiles.choice.held;
-      int64_t* positions = p.final.cache_position + cell * size;
+      int64_t* positions = p.final.cache_position + first_slot;
       const auto enters = [&](int64_t i) { return held[i] >= 0 && held[i] >= begin; };
       for (int64_t e = tid; e < size * d; e += kThreads) {
         if (enters(e / d)) cache_k[e] = window_k[held[e / d] % (2 * w) * d + e % d];
@@ -274,7 +276,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
                                        : total + double(cache_decay[i]) * double(kLog2e);
         cache_decay[i] = static_cast<float>(held[i] < 0 ? 0.0 : since / double(kLog2e));
       }
-      carry_votes(p, tiles.choice, begin);
+      carry_votes(p, size, tiles.choice, begin);
       while (hard < size && held[hard] >= 0) ++hard;  // none empties
     }
   }
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     if (pos < n) sink_v[pos * dv + j] = x;
   }
   if (tid == 0 && w > 0 && window_decay) window_decay[slot] = log_decay;
-  for (int64_t j = tid; size > 0 && j < d + dv; j += kThreads) {
+  for (int64_t j = tid; cached && j < d + dv; j += kThreads) {
     tiles.choice.sums[j] += j < d ? key[j] : value[j - d];
   }
   __syncthreads();
@@ -347,7 +349,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
       tiles.weights[s] = exp2_scaled(tiles.weights[s], -top);
       den += tiles.weights[s];
     }
-    if (size > 0 && pos >= w) {
+    if (cached && pos >= w) {
       const float exact = block_sum(den, tiles.scratch);
       for (int s = sinks + tid; s < near && exact > 0.0f; s += kThreads) {
         const int64_t row =

@@ -2,7 +2,11 @@
 // turned into LinearAttentionParams; outputs allocated; one call of the backend.
 #pragma once
 
+#include <algorithm>
+#include <functional>
+#include <limits>
 #include <tuple>
+#include <vector>
 
 #include "dijiang/core/linear_attention.h"
 #include "torch/feature_map.h"
@@ -32,13 +36,47 @@ struct AttentionArgs {
   double scale = 1.0;
   int64_t window = 0;
   int64_t sinks = 0;
-  int64_t cache_size = 0;
+  std::vector<int64_t> cache_size{0};  // of every kv head, or of each
   OptionalTensor hard_keys{};
   bool normalize = true;
   double eps = 0.0;
 };
 
 // ---- params ------------------------------------------------------------------------------------
+
+inline CacheSizes cache_sizes(const std::vector<int64_t>& sizes, int64_t heads) {
+  const auto given = static_cast<int64_t>(sizes.size());
+  check(given == 1 || given == heads, "cache_size must be one number or one a kv head (", heads,
+        "), got ", given, " numbers");
+  CacheSizes out;
+  out.own = std::adjacent_find(sizes.begin(), sizes.end(), std::not_equal_to<>()) != sizes.end();
+  check(!out.own || heads <= CacheSizes::kMostHeads, "cache_size can differ over ",
+        CacheSizes::kMostHeads, " kv heads, got ", heads);
+  int64_t all = 0;
+  for (int64_t i = 0; i < given; ++i) {
+    check(sizes[i] >= 0, "cache_size must not be negative, got ", sizes[i]);
+    out.most = std::max(out.most, sizes[i]);
+    all += sizes[i];
+    if (!out.own) continue;
+    check(all <= std::numeric_limits<int32_t>::max(), "cache_size must be below 2^31 in all");
+    out.first[i + 1] = static_cast<int32_t>(all);
+  }
+  return out;
+}
+
+// Of what a state has a slot: (n, kv heads, c, dims), or (n, all slots, dims) where c differs.
+inline Shape slots_shape(const LinearAttentionParams& p, int64_t n,
+                         std::initializer_list<int64_t> dims) {
+  Shape shape{n, p.num_kv_heads, p.cache.most};
+  if (p.cache.own) shape = {n, p.cache.all(p.num_kv_heads)};
+  shape.insert(shape.end(), dims);
+  return shape;
+}
+inline Shape votes_shape(const LinearAttentionParams& p, int64_t n) {
+  const int64_t h = p.num_kv_heads;
+  if (p.cache.own) return {n, p.cache.all(h) + h * p.window};
+  return {n, h, p.cache.most + p.window};
+}
 
 inline AttentionState state_data(const StateTensors& s, const LinearAttentionParams& p,
                                  const Tensor& like) {
@@ -69,15 +107,14 @@ inline AttentionState state_data(const StateTensors& s, const LinearAttentionPar
         "there is log_decay");
   check(!any || p.sinks == 0 || h == 0 || (out.sink_k && out.sink_v && out.length),
         "a state with sinks needs sink_k, sink_v and length");
-  if (p.cache_size == 0) return out;
-  const int64_t c = p.cache_size;
-  out.cache_k = mutable_contiguous_data(s.cache_k, "cache_k", like, dtype, {n, h, c, p.headdim});
-  out.cache_v = mutable_contiguous_data(s.cache_v, "cache_v", like, dtype, {n, h, c, p.headdim_v});
+  if (p.cache.most == 0) return out;
+  out.cache_k = mutable_contiguous_data(s.cache_k, "cache_k", like, dtype, slots_shape(p, n, {p.headdim}));
+  out.cache_v = mutable_contiguous_data(s.cache_v, "cache_v", like, dtype, slots_shape(p, n, {p.headdim_v}));
   out.cache_position = static_cast<int64_t*>(mutable_contiguous_data(
-      s.cache_position, "cache_position", like, ScalarType::Long, {n, h, c}));
-  out.cache_decay = mutable_contiguous_data(s.cache_decay, "cache_decay", like, acc, {n, h, c});
+      s.cache_position, "cache_position", like, ScalarType::Long, slots_shape(p, n, {})));
+  out.cache_decay = mutable_contiguous_data(s.cache_decay, "cache_decay", like, acc, slots_shape(p, n, {}));
   out.votes =
-      mutable_contiguous_data(s.cache_votes, "cache_votes", like, acc, {n, h, c + p.window});
+      mutable_contiguous_data(s.cache_votes, "cache_votes", like, acc, votes_shape(p, n));
   out.sums = mutable_contiguous_data(s.cache_sums, "cache_sums", like, acc,
                                      {n, h, p.headdim + p.headdim_v});
   const bool complete = s.cache_k && s.cache_v && s.cache_position && s.cache_votes && s.cache_sums;
@@ -120,14 +157,13 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
   }
   check(a.scale > 0, "scale must be positive, got ", a.scale);
   check(a.window >= 0 && a.sinks >= 0, "window and sinks must not be negative");
-  check(a.cache_size >= 0, "cache_size must not be negative, got ", a.cache_size);
-  check(a.cache_size == 0 || a.window > 0, "hard keys (cache_size ", a.cache_size,
+  p.cache = cache_sizes(a.cache_size, p.num_kv_heads);
+  check(p.cache.most == 0 || a.window > 0, "hard keys (cache_size ", p.cache.most,
         ") need a window to leave");
   check(a.eps >= 0, "eps must not be negative, got ", a.eps);
   p.scale = a.scale;
   p.window = a.window;
   p.sinks = a.sinks;
-  p.cache_size = a.cache_size;
   p.normalize = a.normalize;
   p.eps = a.eps;
 
@@ -147,19 +183,19 @@ LinearAttentionParams attention_params(const AttentionArgs& a) {
     p.num_seqs = a.segments->size(0);
     p.segments = static_cast<const int32_t*>(
         contiguous_data(a.segments, "segments", a.q, ScalarType::Int, {p.num_seqs, 3}));
-    Backend::check_segments(*a.segments, p.batch, p.seqlen, p.cache_size > 0);
+    Backend::check_segments(*a.segments, p.batch, p.seqlen, p.cache.most > 0);
   }
   return p;
 }
 
 inline Shape hard_keys_shape(const LinearAttentionParams& p) {
-  return {p.num_kv_heads, p.cache_size > 0 ? p.cache_rows() : 0, p.cache_size};
+  return {p.num_kv_heads, p.cache.most > 0 ? p.cache_rows() : 0, p.cache.most};
 }
 
 // The hard keys given, once p.initial is set.
 template <class Backend>
 void give_hard_keys(LinearAttentionParams& p, const AttentionArgs& a) {
-  if (!a.hard_keys || p.cache_size == 0) return;
+  if (!a.hard_keys || p.cache.most == 0) return;
   p.given = static_cast<const int32_t*>(
       contiguous_data(a.hard_keys, "hard_keys", a.q, ScalarType::Int, hard_keys_shape(p)));
   if (p.given != nullptr) Backend::check_hard_keys(p);
@@ -201,14 +237,14 @@ AttentionOutputs attention_forward(const AttentionArgs& a, const StateTensors& i
   o.sink_k = new_tensor(a.q, {n, h, p.sinks, p.headdim}, dtype, true);
   o.sink_v = new_tensor(a.q, {n, h, p.sinks, p.headdim_v}, dtype, true);
   o.length = new_tensor(a.q, {p.window || p.sinks ? n : 0}, ScalarType::Long);
-  const int64_t c = p.cache_size, cached = c > 0 ? n : 0;
-  o.cache_k = new_tensor(a.q, {n, h, c, p.headdim}, dtype, true);
-  o.cache_v = new_tensor(a.q, {n, h, c, p.headdim_v}, dtype, true);
-  o.cache_position = new_tensor(a.q, {n, h, c}, ScalarType::Long);
-  o.cache_decay = new_tensor(a.q, {n, h, p.log_decay ? c : 0}, acc, true);
-  o.cache_votes = new_tensor(a.q, {cached, h, c + p.window}, acc, true);
+  const int64_t cached = p.cache.most > 0 ? n : 0;
+  o.cache_k = new_tensor(a.q, slots_shape(p, n, {p.headdim}), dtype, true);
+  o.cache_v = new_tensor(a.q, slots_shape(p, n, {p.headdim_v}), dtype, true);
+  o.cache_position = new_tensor(a.q, slots_shape(p, n, {}), ScalarType::Long);
+  o.cache_decay = new_tensor(a.q, slots_shape(p, p.log_decay ? n : 0, {}), acc, true);
+  o.cache_votes = new_tensor(a.q, votes_shape(p, cached), acc, true);
   o.cache_sums = new_tensor(a.q, {cached, h, p.headdim + p.headdim_v}, acc);
-  o.hard_keys = a.hard_keys && c > 0 ? no_tensor(a.q, ScalarType::Int)
+  o.hard_keys = a.hard_keys && p.cache.most > 0 ? no_tensor(a.q, ScalarType::Int)
                                      : new_tensor(a.q, hard_keys_shape(p), ScalarType::Int, true);
 
   p.out = data_of(o.out);
@@ -280,7 +316,7 @@ AttentionGrads attention_backward(const AttentionArgs& a, const StateTensors& in
   LinearAttentionParams& p = b.forward;
   p.initial = state_data(initial, p, a.q);
   give_hard_keys<Backend>(p, a);
-  check(p.cache_size == 0 || a.hard_keys, "the backward needs the hard keys of the forward");
+  check(p.cache.most == 0 || a.hard_keys, "the backward needs the hard keys of the forward");
   const ScalarType acc = acc_type(a.q), dtype = a.q.scalar_type();
   const Shape rows{p.batch, p.num_heads, p.seqlen};
   const Shape out_shape{p.batch, p.num_heads, p.seqlen, p.headdim_v};

@@ -83,24 +83,26 @@ struct CpuBackend {
   // Every block's hard keys are those of the block before, each in its slot, but for new ones from
   // the block that leaves the window in the place of some and in slots not filled yet.
   static void check_hard_keys(const LinearAttentionParams& p) {
-    const int64_t c = p.cache_size, w = p.window;
+    const int64_t most = p.cache.most, w = p.window;
     for (int64_t task = 0; task < cpu::linear_attention_num_tasks(p); ++task) {
       const cpu::Sequence tokens(p, task);
       const int64_t head = task % p.num_kv_heads, position = tokens.first_position(p);
       const int64_t first = position / w;
       const int64_t row = p.cache_row(tokens.index, tokens.batch * p.seqlen + tokens.begin);
-      const int32_t* keys = p.given + (head * p.cache_rows() + row) * c;
-      std::vector<int64_t> before(c, -1);
+      const int32_t* keys = p.given + (head * p.cache_rows() + row) * most;
+      const int64_t c = p.cache.of(head);
+      std::vector<int64_t> before(most, -1);
       if (p.initial.cache_position) {
-        std::copy_n(p.initial.cache_position + task * c, c, before.begin());
+        std::copy_n(p.initial.cache_position + p.cache.slot(tokens.index, head, p.num_kv_heads), c,
+                    before.begin());
       }
-      for (int64_t block = first; block * w < position + tokens.length(); ++block, keys += c) {
+      for (int64_t block = first; block * w < position + tokens.length(); ++block, keys += most) {
         const int64_t leaving = block >= 2 && block * w >= position ? (block - 2) * w : -w;
         std::vector<bool> entered(w);
-        for (int64_t i = 0; i < c; ++i) {
+        for (int64_t i = 0; i < most; ++i) {
           const int64_t key = keys[i];
           const bool leaves =
-              leaving >= 0 && key >= std::max(leaving, p.sinks) && key < leaving + w;
+              i < c && leaving >= 0 && key >= std::max(leaving, p.sinks) && key < leaving + w;
           const bool enters = leaves && !entered[key - leaving] && (i == 0 || keys[i - 1] >= 0);
           check(
               key == before[i] || enters, "hard_keys of kv head ", head, ", sequence ",

@@ -10,14 +10,14 @@ inline AttentionArgs kernelized_args(const Tensor& q, const Tensor& k, const Ten
                                      FeatureTensors fq, FeatureTensors fk,
                                      const OptionalTensor& log_decay,
                                      const OptionalTensor& segments, int64_t kind, double scale,
-                                     int64_t window, int64_t sinks, int64_t cache_size,
+                                     int64_t window, int64_t sinks, std::vector<int64_t> cache_size,
                                      const OptionalTensor& hard_keys, bool normalize, double eps) {
   AttentionArgs a{q, k, v, std::move(fq), std::move(fk), log_decay, segments};
   a.kind = feature_kind(kind);
   a.scale = scale;
   a.window = window;
   a.sinks = sinks;
-  a.cache_size = cache_size;
+  a.cache_size = std::move(cache_size);
   a.hard_keys = hard_keys;
   a.normalize = normalize;
   a.eps = eps;
@@ -41,10 +41,10 @@ kernelized_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                          const OptionalTensor& cache_decay, const OptionalTensor& cache_votes,
                          const OptionalTensor& cache_sums, const OptionalTensor& hard_keys,
                          int64_t kind, double scale, int64_t window, int64_t sinks,
-                         int64_t cache_size, bool normalize, double eps, bool return_state) {
+                         std::vector<int64_t> cache_size, bool normalize, double eps, bool return_state) {
   const AttentionArgs a = kernelized_args(
       q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta}, log_decay,
-      segments, kind, scale, window, sinks, cache_size, hard_keys, normalize, eps);
+      segments, kind, scale, window, sinks, std::move(cache_size), hard_keys, normalize, eps);
   const AttentionOutputs o = attention_forward<Backend>(
       a,
       {kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, cache_k, cache_v,
@@ -76,11 +76,11 @@ kernelized_attention_bwd(const Tensor& grad_out, const Tensor& q, const Tensor& 
                          const OptionalTensor& grad_final_kv, const OptionalTensor& grad_final_z,
                          const OptionalTensor& final_kv, const OptionalTensor& final_z,
                          const OptionalTensor& final_log_scale, int64_t kind, double scale,
-                         int64_t window, int64_t sinks, int64_t cache_size, bool normalize,
+                         int64_t window, int64_t sinks, std::vector<int64_t> cache_size, bool normalize,
                          double eps, bool grad_params, bool grad_initial) {
   const AttentionArgs a = kernelized_args(
       q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta}, log_decay,
-      segments, kind, scale, window, sinks, cache_size, hard_keys, normalize, eps);
+      segments, kind, scale, window, sinks, std::move(cache_size), hard_keys, normalize, eps);
   const ForwardResults f{out,          row_scale, row_sum, grad_final_kv,
                          grad_final_z, final_kv,  final_z, final_log_scale};
   const AttentionGrads g = attention_backward<Backend>(
@@ -113,10 +113,10 @@ Tensor kernelized_attention_update(
     const OptionalTensor& cache_k, const OptionalTensor& cache_v,
     const OptionalTensor& cache_position, const OptionalTensor& cache_decay,
     const OptionalTensor& cache_votes, const OptionalTensor& cache_sums, int64_t kind, double scale,
-    int64_t window, int64_t sinks, int64_t cache_size, bool normalize, double eps) {
+    int64_t window, int64_t sinks, std::vector<int64_t> cache_size, bool normalize, double eps) {
   const AttentionArgs a = kernelized_args(
       q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta}, log_decay,
-      std::nullopt, kind, scale, window, sinks, cache_size, std::nullopt, normalize, eps);
+      std::nullopt, kind, scale, window, sinks, std::move(cache_size), std::nullopt, normalize, eps);
   return attention_update<Backend>(
       a, {kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, cache_k,
           cache_v, cache_position, cache_decay, cache_votes, cache_sums});

@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(dijiang, m) {
       "Tensor? cache_k, Tensor? cache_v, Tensor? cache_position, "
       "Tensor? cache_decay, Tensor? cache_votes, Tensor? cache_sums, Tensor? hard_keys, int kind, "
       "float scale, int window, "
-      "int sinks, int cache_size, bool normalize, float eps, bool return_state) "
+      "int sinks, int[] cache_size, bool normalize, float eps, bool return_state) "
       "-> (Tensor out, Tensor row_scale, Tensor row_sum, Tensor final_kv, Tensor final_z, "
       "Tensor final_log_scale, Tensor final_window_k, Tensor final_window_v, "
       "Tensor final_window_decay, Tensor final_sink_k, Tensor final_sink_v, Tensor final_length, "
@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(dijiang, m) {
       "Tensor? cache_decay, Tensor? cache_votes, Tensor? cache_sums, Tensor hard_keys, Tensor out, "
       "Tensor row_scale, "
       "Tensor row_sum, Tensor? grad_final_kv, Tensor? grad_final_z, Tensor? final_kv, "
-      "Tensor? final_z, Tensor? final_log_scale, int kind, float scale, int window, int sinks, int "
-      "cache_size, "
+      "Tensor? final_z, Tensor? final_log_scale, int kind, float scale, int window, int sinks, "
+      "int[] cache_size, "
       "bool normalize, float eps, bool grad_params, bool grad_initial) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_omega, "
       "Tensor grad_q_log_weight, Tensor grad_q_beta, Tensor grad_k_omega, "
@@ -71,6 +71,6 @@ STABLE_TORCH_LIBRARY(dijiang, m) {
       "Tensor(h!) sink_v, Tensor(i!)? length, "
       "Tensor(j!)? cache_k, Tensor(k!)? cache_v, Tensor(l!)? cache_position, "
       "Tensor(m!)? cache_decay, Tensor(n!)? cache_votes, Tensor(o!)? cache_sums, int kind, float "
-      "scale, int window, int sinks, int cache_size, "
+      "scale, int window, int sinks, int[] cache_size, "
       "bool normalize, float eps) -> Tensor");
 }

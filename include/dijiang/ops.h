@@ -12,6 +12,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "dijiang/core/types.h"
 
@@ -40,12 +41,13 @@ struct AttentionState : LinearAttentionState {
   OptionalTensor sink_k;        // (num_seqs, kv heads, sinks, headdim)
   OptionalTensor sink_v;        // (num_seqs, kv heads, sinks, headdim_v)
   OptionalTensor length;        // (num_seqs) int64; absent without window and sinks
-  // Absent without hard keys.
-  OptionalTensor cache_k;         // (num_seqs, kv heads, cache_size, headdim)
-  OptionalTensor cache_v;         // (num_seqs, kv heads, cache_size, headdim_v)
-  OptionalTensor cache_position;  // (num_seqs, kv heads, cache_size) int64; -1: an empty slot
-  OptionalTensor cache_decay;     // (num_seqs, kv heads, cache_size); absent: no decay
-  OptionalTensor cache_votes;     // (num_seqs, kv heads, cache_size + window)
+  // Absent without hard keys; c: cache_size. Where heads differ, (kv heads, c) is one dimension of
+  // all slots, head behind head, and (kv heads, c + window) one of all votes.
+  OptionalTensor cache_k;         // (num_seqs, kv heads, c, headdim)
+  OptionalTensor cache_v;         // (num_seqs, kv heads, c, headdim_v)
+  OptionalTensor cache_position;  // (num_seqs, kv heads, c) int64; -1: an empty slot
+  OptionalTensor cache_decay;     // (num_seqs, kv heads, c); absent: no decay
+  OptionalTensor cache_votes;     // (num_seqs, kv heads, c + window)
   OptionalTensor cache_sums;      // (num_seqs, kv heads, headdim + headdim_v)
 };
 
@@ -61,8 +63,8 @@ struct AttentionOptions : LinearAttentionOptions {
   std::optional<double> scale;  // absent: 1 / sqrt(headdim)
   int64_t window = 0;
   int64_t sinks = 0;
-  int64_t cache_size = 0;    // hard keys a kv head; needs a window
-  OptionalTensor hard_keys;  // int32 (kv heads, rows, cache_size): kept in place of a choice
+  std::vector<int64_t> cache_size{0};  // hard keys, of every kv head or of each; needs a window
+  OptionalTensor hard_keys;  // int32 (kv heads, rows, most slots): kept in place of a choice
 };
 
 namespace detail {
@@ -133,7 +135,7 @@ inline std::tuple<Tensor, AttentionState> kernelized_attention(const Tensor& q, 
       const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional, Optional,
       Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
       Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-      Optional, int64_t, double, int64_t, int64_t, int64_t, bool, double, bool);
+      Optional, int64_t, double, int64_t, int64_t, at::IntArrayRef, bool, double, bool);
   static const auto op = detail::op<F>("dijiang::kernelized_attention_fwd");
   auto r = op.call(q, k, v, fq.omega, fq.log_weight, fq.beta, fk.omega, fk.log_weight, fk.beta,
                    options.log_decay, options.segments, initial.kv, initial.z, initial.log_scale,
@@ -153,7 +155,9 @@ inline std::tuple<Tensor, AttentionState> kernelized_attention(const Tensor& q, 
   state.sink_k = std::get<9>(r);
   state.sink_v = std::get<10>(r);
   if (options.window > 0 || options.sinks > 0) state.length = std::get<11>(r);
-  if (options.cache_size == 0) return {std::get<0>(r), state};
+  if (options.cache_size == std::vector<int64_t>(options.cache_size.size())) {
+    return {std::get<0>(r), state};
+  }
   state.cache_k = std::get<12>(r);
   state.cache_v = std::get<13>(r);
   state.cache_position = std::get<14>(r);
@@ -173,7 +177,7 @@ inline Tensor kernelized_attention_update(const Tensor& q, const Tensor& k, cons
       Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional,
              Optional, Optional, Optional, Tensor&, Tensor&, Tensor&, Tensor&, Tensor&, Optional,
              Tensor&, Tensor&, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-             int64_t, double, int64_t, int64_t, int64_t, bool, double);
+             int64_t, double, int64_t, int64_t, at::IntArrayRef, bool, double);
   static const auto op = detail::op<F>("dijiang::kernelized_attention_update");
   return op.call(q, k, v, fq.omega, fq.log_weight, fq.beta, fk.omega, fk.log_weight, fk.beta,
                  options.log_decay, state.kv.value(), state.z.value(), state.log_scale.value(),

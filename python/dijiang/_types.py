@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,9 @@ class AttentionState(NamedTuple):
     sink_k: Tensor  # (num_seqs, kv_heads, sinks, headdim)
     sink_v: Tensor  # (num_seqs, kv_heads, sinks, headdim_v)
     length: Tensor  # (num_seqs,) int64: tokens seen so far
-    # With a cache of hard keys, else None. Slots fill up from the first on.
+    # With a cache of hard keys, else None. A head's slots fill up from the first on. Where
+    # cache_size differs from head to head, (kv_heads, cache_size) is one dimension of all slots,
+    # head behind head, and (kv_heads, cache_size + window) one of all votes.
     cache_k: Tensor | None = None  # (num_seqs, kv_heads, cache_size, headdim)
     cache_v: Tensor | None = None  # (num_seqs, kv_heads, cache_size, headdim_v)
     cache_position: Tensor | None = None  # (num_seqs, kv_heads, cache_size) int64; -1: empty
@@ -66,6 +69,27 @@ class AttentionState(NamedTuple):
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state, feature parameters and accumulation."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cache_sizes(cache_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Of each kv head; a single number is that of all of them.
+
+    >>> cache_sizes(64), cache_sizes([8, 8]), cache_sizes([8, 0])
+    ((64,), (8,), (8, 0))
+    """
+    sizes = (cache_size,) if isinstance(cache_size, int) else tuple(cache_size)
+    return sizes[:1] if len(set(sizes)) == 1 else sizes
+
+
+def slots_shape(sizes: tuple[int, ...], kv_heads: int) -> tuple[int, ...]:
+    """Of what a state has a slot: (kv_heads, cache_size), or (all slots,) where heads differ."""
+    return (kv_heads, *sizes) if len(sizes) == 1 else (sum(sizes),)
+
+
+def votes_shape(sizes: tuple[int, ...], kv_heads: int, window: int) -> tuple[int, ...]:
+    if len(sizes) == 1:
+        return kv_heads, sizes[0] + window
+    return (sum(sizes) + kv_heads * window,)
 
 
 def hard_key_row(first_token, window: int, sequences):
@@ -88,7 +112,7 @@ def empty_attention_state(
     dtype: torch.dtype,
     device,
     decay: bool = False,
-    cache_size: int = 0,
+    cache_size: int | Sequence[int] = 0,
 ) -> AttentionState:
     """The AttentionState of `batch` sequences before their first token.
 
@@ -107,14 +131,15 @@ def empty_attention_state(
 
     z = zeros(kv_heads, num_features, dtype=acc)
     cache = {}
-    if cache_size:
-        slots = (kv_heads, cache_size)
+    sizes = cache_sizes(cache_size)
+    if max(sizes):
+        slots = slots_shape(sizes, kv_heads)
         cache = dict(
             cache_k=zeros(*slots, headdim),
             cache_v=zeros(*slots, headdim_v),
             cache_position=zeros(*slots, dtype=torch.int64) - 1,
             cache_decay=zeros(*slots, dtype=acc) if decay else None,
-            cache_votes=zeros(kv_heads, cache_size + window, dtype=acc),
+            cache_votes=zeros(*votes_shape(sizes, kv_heads, window), dtype=acc),
             cache_sums=zeros(kv_heads, headdim + headdim_v, dtype=acc),
         )
     return AttentionState(

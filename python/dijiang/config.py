@@ -60,8 +60,9 @@ class DiJiangConfig:
     window: int = 64
     sinks: int = 4
     #: Hard keys: how many of those that leave the window stay exact, a kv head, chosen anew at
-    #: every block (docs/numerics.md). None: as many as the window has.
-    cache_size: int | None = None
+    #: every block (docs/numerics.md). None: as many as the window has. A tuple: of each kv head,
+    #: which is for single layers in the first place (per_layer, below).
+    cache_size: int | tuple[int, ...] | None = None
     #: Log-weight of the far keys at the start. "auto": 0 without near keys; with them closed (the
     #: far keys weigh nothing) until calibrated on text. See convert.
     gate: float | str = "auto"
@@ -80,8 +81,8 @@ class DiJiangConfig:
     output_gate: bool = False
     #: "all" or the indices of the layers to convert; the others keep softmax and a growing cache.
     layers: str | tuple[int, ...] = "all"
-    #: What single layers have otherwise, by layer: {0: {"cache_size": 256}}. Any field but layers,
-    #: per_layer and seed; see spread_hard_keys, which finds cache sizes.
+    #: What single layers have otherwise, by layer: {0: {"cache_size": (256, 16, 64)}}. Any field but
+    #: layers, per_layer and seed; see spread_hard_keys, which finds cache sizes.
     per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     #: Of everything random: permutations, signs, directions.
     seed: int = 0
@@ -97,8 +98,9 @@ class DiJiangConfig:
             _check_type(name, getattr(self, name), bool)
         if self.cache_size is None:
             object.__setattr__(self, "cache_size", self.window)
-        for name, least in (("window", 0), ("sinks", 0), ("cache_size", 0), ("seed", 0)):
-            _check_int(name, getattr(self, name), least)
+        for name in ("window", "sinks", "seed"):
+            _check_int(name, getattr(self, name), 0)
+        object.__setattr__(self, "cache_size", _checked_sizes(self.cache_size))
         for name in ("num_features", "num_positions"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
@@ -191,10 +193,12 @@ class DiJiangConfig:
         object.__setattr__(self, "per_layer", dict(sorted(checked.items())))
         for layer in checked:
             try:
-                self.at(layer)
+                own = self.at(layer)
             except (ValueError, TypeError) as error:
                 said = str(error).removeprefix("DiJiangConfig: ")
                 raise type(error)(f"DiJiangConfig: per_layer[{layer}]: {said}") from None
+            if "cache_size" in checked[layer]:  # a tuple may have come as a list, from JSON
+                checked[layer]["cache_size"] = own.cache_size
 
     def at(self, layer: int) -> DiJiangConfig:
         """What this layer has.
@@ -276,6 +280,21 @@ class DiJiangConfig:
 
 
 _OF_A_LAYER = {one.name for one in fields(DiJiangConfig)} - {"layers", "per_layer", "seed"}
+
+
+def _checked_sizes(sizes) -> int | tuple[int, ...]:
+    """A cache_size; one number where all heads have as many."""
+    if isinstance(sizes, int):
+        _check_int("cache_size", sizes, 0)
+        return sizes
+    if not isinstance(sizes, (tuple, list)) or not sizes:
+        raise TypeError(
+            "DiJiangConfig: cache_size must be a whole number or one for each kv head, got "
+            f"{sizes!r}"
+        )
+    for size in sizes:
+        _check_int("cache_size", size, 0)
+    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
 
 
 def _listed(names) -> str:

@@ -23,6 +23,7 @@ from .attention import (
     softmax_attention,
 )
 from .cache import DiJiangCache
+from ._types import cache_sizes
 from .config import DiJiangConfig
 from .evaluate import summed_loss
 from .modules import CLOSED, AttentionKernel, kernels_of
@@ -74,7 +75,8 @@ def convert(
     config = DiJiangConfig() if config is None else config
     if not isinstance(config, DiJiangConfig):
         raise TypeError(f"convert: config must be a DiJiangConfig, got {type(config).__name__}")
-    sized = any("cache_size" in own for own in config.per_layer.values())
+    own = [config.cache_size, *(own.get("cache_size") for own in config.per_layer.values())]
+    sized = not isinstance(own[0], int) or any(size is not None for size in own[1:])
     if calibration is not None and spread and config.cache_size and not sized:
         from .allocation import spread_hard_keys  # here: it converts by this very function
 
@@ -357,7 +359,7 @@ def _start(configs: list[DiJiangConfig]) -> str:
 
 
 def _exact_keys(configs: list[DiJiangConfig]) -> str:
-    sizes = [config.cache_size for config in configs]
+    sizes = [size for config in configs for size in cache_sizes(config.cache_size)]
     least, most = min(sizes), max(sizes)
     if not most:
         return "window and sinks"

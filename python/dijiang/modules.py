@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from ._types import AttentionState
+from ._types import AttentionState, cache_sizes
 from .config import DiJiangConfig
 from .features import FeatureMap, shared_by
 from .position_decay import PositionDecay, positions_of
@@ -43,6 +43,12 @@ class AttentionKernel(nn.Module):
             )
         if hidden_size is None and (config.decay == "token" or config.output_gate):
             raise ValueError("AttentionKernel: decay='token' and output_gate need hidden_size")
+        own = len(cache_sizes(config.cache_size))
+        if own not in (1, kv_heads):
+            raise ValueError(
+                "AttentionKernel: cache_size must be a number or one for each of the "
+                f"{kv_heads} kv heads, got {config.cache_size}"
+            )
         self.config = config
         self.heads, self.kv_heads, self.groups = heads, kv_heads, heads // kv_heads
         self.headdim, self.headdim_v = headdim, headdim_v

@@ -14,6 +14,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.func import functional_call
 
+from ._types import cache_sizes
 from .modules import AttentionKernel
 
 
@@ -46,6 +47,11 @@ class HeadParallel(ParallelStyle):
             raise ValueError(
                 "HeadParallel: group_norm has channels of all heads in a group, which no rank has"
             )
+        own = cache_sizes(module.config.cache_size)
+        if len(own) > 1:
+            first = module.kv_heads // size * device_mesh.get_local_rank()
+            own = own[first : first + module.kv_heads // size]
+            module.config = module.config.replace(cache_size=own)
         for part in module.modules():
             for name, x in part.named_parameters(recurse=False):
                 sharded = distribute_tensor(x.detach(), device_mesh, [Shard(0)])

@@ -44,6 +44,30 @@ struct FeatureGrads {
 constexpr int64_t kNovelSlots = 2;
 constexpr double kCarriedVotes = 0.5;
 
+// How many hard keys each kv head keeps: all as many, or each its own number. A state holds those of
+// a sequence head behind head.
+struct CacheSizes {
+  static constexpr int64_t kMostHeads = 128;  // with a number of their own
+
+  int64_t most = 0;  // of any head
+  bool own = false;
+  int32_t first[kMostHeads + 1] = {};  // own: slots of the heads before
+
+  DIJIANG_HOST_DEVICE int64_t of(int64_t head) const {
+    return own ? first[head + 1] - first[head] : most;
+  }
+  DIJIANG_HOST_DEVICE int64_t all(int64_t heads) const { return own ? first[heads] : heads * most; }
+  // A head's first slot in a state of num_heads heads a sequence.
+  DIJIANG_HOST_DEVICE int64_t slot(int64_t sequence, int64_t head, int64_t num_heads) const {
+    return sequence * all(num_heads) + (own ? first[head] : head * most);
+  }
+  // Likewise its first vote; every head has `window` more of them than slots.
+  DIJIANG_HOST_DEVICE int64_t vote(int64_t sequence, int64_t head, int64_t num_heads,
+                                   int64_t window) const {
+    return slot(sequence, head, num_heads) + (sequence * num_heads + head) * window;
+  }
+};
+
 // The constant-size memory of one batch of sequences. True S = kv * 2^log_scale, true
 // z = z * 2^log_scale, both referred to the time of the last folded key. log_scale holds whole
 // numbers (scaling is then exact) and kEmptyLogScale where nothing was folded.
@@ -59,14 +83,15 @@ struct AttentionState {
   void* sink_k = nullptr;        // dtype (num_seqs, kv heads, sinks, headdim)
   void* sink_v = nullptr;        // dtype (num_seqs, kv heads, sinks, headdim_v)
   int64_t* length = nullptr;     // (num_seqs): tokens seen so far; null when window = sinks = 0
-  // With a cache of hard keys; all null without one. Slots fill up from the first on.
-  void* cache_k = nullptr;            // dtype (num_seqs, kv heads, cache_size, headdim)
-  void* cache_v = nullptr;            // dtype (num_seqs, kv heads, cache_size, headdim_v)
-  int64_t* cache_position = nullptr;  // (num_seqs, kv heads, cache_size); -1: an empty slot
-  void* cache_decay = nullptr;  // Acc (num_seqs, kv heads, cache_size): log_decay of the tokens
-                                // after the key, up to the last folded one; null: no decay
-  void* votes = nullptr;  // Acc (num_seqs, kv heads, cache_size + window): for the slots and for
-                          // the block before the newest
+  // With a cache of hard keys; all null without one. A head's slots, c of them, fill up from the
+  // first on; (kv heads, c) lies head behind head where c differs.
+  void* cache_k = nullptr;            // dtype (num_seqs, kv heads, c, headdim)
+  void* cache_v = nullptr;            // dtype (num_seqs, kv heads, c, headdim_v)
+  int64_t* cache_position = nullptr;  // (num_seqs, kv heads, c); -1: an empty slot
+  void* cache_decay = nullptr;  // Acc (num_seqs, kv heads, c): log_decay of the tokens after the
+                                // key, up to the last folded one; null: no decay
+  void* votes = nullptr;  // Acc (num_seqs, kv heads, c + window): for the slots and for the block
+                          // before the newest
   void* sums = nullptr;   // Acc (num_seqs, kv heads, headdim + headdim_v): of all keys so far, and
                           // of their values
 };
@@ -95,8 +120,8 @@ struct LinearAttentionParams {
   // Keys that stay exact beyond the window, a sequence and kv head: docs/numerics.md, "Hard keys".
   // Needs a window. Of the block with number j in this call, slot i of head h holds position
   // chosen[h, cache_row + j, i]; -1: nothing.
-  int64_t cache_size = 0;
-  const int32_t* given = nullptr;  // (kv heads, cache_rows(), cache_size); null: chosen here
+  CacheSizes cache;
+  const int32_t* given = nullptr;  // (kv heads, cache_rows(), cache.most); null: chosen here
   int32_t* chosen = nullptr;       // as given; null: not wanted
   bool normalize = true;
   double eps = 0.0;  // added to the true (unscaled) denominator

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define DIJIANG_HOST_DEVICE __host__ __device__
+#else
+#define DIJIANG_HOST_DEVICE
+#endif
+
 namespace dijiang {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.library import register_fake
 
-from .._types import acc_dtype, hard_key_row
+from .._types import acc_dtype, cache_sizes, hard_key_row, slots_shape, votes_shape
 
 
 @register_fake("dijiang::dct")
@@ -110,24 +110,27 @@ def _far_state(q, k, v, num_features, segments, return_state):
 
 
 def _hard_key_state(q, k, v, log_decay, n, window, cache_size):
-    acc, heads, slots = acc_dtype(q.dtype), k.shape[1], cache_size
+    acc, heads, sizes = acc_dtype(q.dtype), k.shape[1], cache_sizes(cache_size)
+    slots = slots_shape(sizes, heads)
+    cached = n if max(sizes) else 0
     return (
-        q.new_empty(n, heads, slots, q.shape[3]),
-        q.new_empty(n, heads, slots, v.shape[3]),
-        q.new_empty(n, heads, slots, dtype=torch.int64),
-        q.new_empty(n, heads, 0 if log_decay is None else slots, dtype=acc),
-        q.new_empty(n if slots else 0, heads, slots + window, dtype=acc),
-        q.new_empty(n if slots else 0, heads, q.shape[3] + v.shape[3], dtype=acc),
+        q.new_empty(n, *slots, q.shape[3]),
+        q.new_empty(n, *slots, v.shape[3]),
+        q.new_empty(n, *slots, dtype=torch.int64),
+        q.new_empty(0 if log_decay is None else n, *slots, dtype=acc),
+        q.new_empty(cached, *votes_shape(sizes, heads, window), dtype=acc),
+        q.new_empty(cached, heads, q.shape[3] + v.shape[3], dtype=acc),
     )
 
 
 def _chosen(q, k, segments, given, window, cache_size):
-    if cache_size and given is not None:
+    most = max(cache_size)
+    if most and given is not None:
         return q.new_empty(0, dtype=torch.int32)
     rows = 0
-    if cache_size:
+    if most:
         rows = hard_key_row(q.shape[0] * q.shape[2], window, _num_seqs(q, segments))
-    return q.new_empty(k.shape[1], rows, cache_size, dtype=torch.int32)
+    return q.new_empty(k.shape[1], rows, most, dtype=torch.int32)
 
 
 def _grads_of(*params):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._types import EMPTY_LOG_SCALE, hard_key_row
 from ..reference import log_features
+from ._hard_keys import by_head
 
 #: The fields of a state that have a gradient.
 CARRIED = (
@@ -36,6 +37,7 @@ class Layout(NamedTuple):
     sinks: int
     normalize: bool
     kind: str | None  # of the features
+    sizes: tuple[int, ...]  # hard keys, of all kv heads or of each
 
     @property
     def end(self) -> int:
@@ -258,6 +260,7 @@ def state_behind(layout, keys, before, behind) -> list[tuple[Tensor, Callable] |
             return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
 
         def filled(grad):
+            grad = by_head(grad, layout.sizes)
             return grad * (position >= 0).reshape(*position.shape, *[1] * (grad.dim() - 3))
 
         made |= {

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._types import AttentionState, FeatureParams, acc_dtype
+from .._types import (
+    AttentionState,
+    FeatureParams,
+    acc_dtype,
+    cache_sizes,
+    slots_shape,
+    votes_shape,
+)
 from ._autograd import without_gradient
 from ._checks import (
     KINDS,
@@ -32,7 +41,7 @@ def kernelized_attention(
     scale: float | None = None,
     window: int = 0,
     sinks: int = 0,
-    cache_size: int = 0,
+    cache_size: int | Sequence[int] = 0,
     log_decay: Tensor | None = None,
     initial_state: AttentionState | None = None,
     cu_seqlens: Tensor | None = None,
@@ -59,7 +68,8 @@ def kernelized_attention(
         scale: of q.k; None: 1 / sqrt(d).
         window: block length; 0: no window, and the token itself is far.
         sinks: tokens that stay exact for ever.
-        cache_size: hard keys a kv head that stay exact beyond the window; needs a window.
+        cache_size: hard keys that stay exact beyond the window, of every kv head or a sequence of
+            Hkv numbers, of each; needs a window.
         log_decay: (Hkv,) or (B, Hkv, T), finite and <= 0, of far keys alone.
         initial_state: the state to start from, one row a sequence.
         cu_seqlens: int32 (N + 1), 0 = first, T = last: N sequences packed into B = 1 row.
@@ -68,7 +78,7 @@ def kernelized_attention(
         normalize: False drops the denominator.
         eps: added to the denominator. A row without any weight gives 0.
         return_state: return (out, state).
-        hard_keys: int32 (Hkv, rows, cache_size), positions to be kept instead of those that the
+        hard_keys: int32 (Hkv, rows, max(cache_size)), positions to be kept instead of those that the
             operator would choose: see `return_hard_keys` and docs/numerics.md, "Hard keys".
         return_hard_keys: return hard_keys too, last. Row T_b // window + 2 n + j is about block j
             of sequence n, whose first token is number T_b of all in memory; -1 is an empty slot.
@@ -90,39 +100,40 @@ def kernelized_attention(
     """
     op = "kernelized_attention"
     q, k, v = autocast(q, k, v)
+    sizes = cache_sizes(cache_size)
     params, log_decay, kind, scale = prepare(
-        op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps
+        op, q, k, v, fq, fk, scale, window, sinks, sizes, log_decay, eps
     )
     segments = segments_of(op, q, cu_seqlens, seq_bounds)
     num_seqs = q.shape[0] if segments is None else segments.shape[0]
     initial = AttentionState(*(None,) * 9)
     if initial_state is not None:
         check_state(op, "initial_state", initial_state, num_seqs, q, k, v, fk, window, sinks,
-                    cache_size, log_decay)  # fmt: skip
+                    sizes, log_decay)  # fmt: skip
         _check_no_gradient(op, initial_state, window, sinks)
         initial = AttentionState(*(None if x is None else x.contiguous() for x in initial_state))
         if not (window or sinks):
             initial = initial._replace(length=None)  # positions matter to window and sinks alone
     if hard_keys is not None:
         hard_keys = check_hard_keys(op, hard_keys, q, k, segments, initial_state, window, sinks,
-                                    cache_size)  # fmt: skip
+                                    sizes)  # fmt: skip
     out, _, _, *state, chosen = torch.ops.dijiang.kernelized_attention_fwd(
         q, k, v, *params, log_decay, segments, *initial, hard_keys, kind, scale, window, sinks,
-        cache_size, normalize, eps, return_state,
+        sizes, normalize, eps, return_state,
     )  # fmt: skip
     results = [out]
     if return_state:
-        results.append(finished_state(state, initial_state, q, segments, window, sinks, cache_size,
+        results.append(finished_state(state, initial_state, q, segments, window, sinks, sizes,
                                       log_decay))  # fmt: skip
     if return_hard_keys:
         results.append(chosen if hard_keys is None else hard_keys)
     return tuple(results) if len(results) > 1 else out
 
 
-def finished_state(state, initial_state, q, segments, window, sinks, cache_size, log_decay):
+def finished_state(state, initial_state, q, segments, window, sinks, sizes, log_decay):
     """What kernelized_attention_fwd returned as the final state, with None where nothing is."""
     state = AttentionState(*state)
-    if not cache_size:
+    if not max(sizes):
         state = AttentionState(*state[:9])
     if log_decay is None:
         state = state._replace(window_decay=None, cache_decay=None)
@@ -148,7 +159,7 @@ def kernelized_attention_update(
     scale: float | None = None,
     window: int = 0,
     sinks: int = 0,
-    cache_size: int = 0,
+    cache_size: int | Sequence[int] = 0,
     log_decay: Tensor | None = None,
     normalize: bool = True,
     eps: float = 0.0,
@@ -178,7 +189,8 @@ def kernelized_attention_update(
     op = "kernelized_attention_update"
     q, k, v = autocast(q, k, v)
     # A step takes as long as its checks: those of a call like one before are passed over.
-    settings = (scale, window, sinks, cache_size, normalize, eps)
+    sizes = cache_sizes(cache_size)
+    settings = (scale, window, sinks, *sizes, normalize, eps)
     key = _signature((q, k, v, log_decay), state, fq, fk, settings)
     if key in _PASSED:
         kind, scale = _PASSED[key]
@@ -186,10 +198,10 @@ def kernelized_attention_update(
     else:
         given_decay = log_decay
         params, log_decay, kind, scale = prepare(
-            op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps
+            op, q, k, v, fq, fk, scale, window, sinks, sizes, log_decay, eps
         )
         check_one_token(op, q)
-        check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, cache_size,
+        check_state(op, "state", state, q.shape[0], q, k, v, fk, window, sinks, sizes,
                     log_decay)  # fmt: skip
         for name, x in zip(state._fields, state, strict=True):
             if x is not None and not x.is_contiguous():
@@ -205,7 +217,7 @@ def kernelized_attention_update(
         op,
         torch.ops.dijiang.kernelized_attention_update,
         q, k, v, *params, log_decay, *state[:8], state.length if near else None, *state[9:], kind,
-        scale, window, sinks, cache_size, normalize, eps,
+        scale, window, sinks, sizes, normalize, eps,
     )  # fmt: skip
     if not near:
         state.length.add_(1)  # no kernel needs it, but callers count on it
@@ -243,18 +255,24 @@ def _params_of(fq, fk):
     return (None,) * 6 if fq is None else (*fq[:3], *fk[:3])
 
 
-def prepare(op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, eps):
+def prepare(op, q, k, v, fq, fk, scale, window, sinks, sizes, log_decay, eps):
     check_qkv(op, q, k, v, "headdim")
     check_eps(op, eps)
     scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale
     if scale is None or not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
-    for name, count in (("window", window), ("sinks", sinks), ("cache_size", cache_size)):
+    if len(sizes) not in (1, k.shape[1]):
+        raise ValueError(
+            f"{op}: cache_size must be a number or one for each of the {k.shape[1]} kv heads, got "
+            f"{len(sizes)} of them"
+        )
+    counts = {"window": window, "sinks": sinks, "cache_size": min(sizes)}
+    for name, count in counts.items():
         if count < 0:
             raise ValueError(f"{op}: {name} must not be negative, got {count}")
-    if cache_size and not window:
+    if max(sizes) and not window:
         raise ValueError(
-            f"{op}: cache_size={cache_size} is of keys that leave a window, and window is 0. "
+            f"{op}: cache_size={_said(sizes)} is of keys that leave a window, and window is 0. "
             "Give a window, or cache_size=0"
         )
     log_decay = per_token_decay(op, log_decay, q, k)
@@ -279,7 +297,11 @@ def prepare(op, q, k, v, fq, fk, scale, window, sinks, cache_size, log_decay, ep
     return params, log_decay, kind, scale
 
 
-def check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_size, log_decay):
+def _said(sizes):
+    return sizes[0] if len(sizes) == 1 else list(sizes)
+
+
+def check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, sizes, log_decay):
     if not isinstance(state, AttentionState):
         raise TypeError(f"{op}: {name} must be AttentionState, got {type(state).__name__}")
     acc = acc_dtype(q.dtype)
@@ -291,30 +313,34 @@ def check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_siz
             f"{op}: {name} must be one {wanted} decay, as log_decay is: "
             f"empty_attention_state(..., decay={log_decay is not None})"
         )
-    slots = 0 if state.cache_k is None else state.cache_k.shape[2]
-    if slots != cache_size:
+    own = len(sizes) > 1
+    slots = 0 if state.cache_k is None else state.cache_k.shape[1 if own else 2]
+    if slots != sum(sizes):
         raise ValueError(
-            f"{op}: {name} must have {cache_size} slots for hard keys, as cache_size says, got "
-            f"{slots}: empty_attention_state(..., cache_size={cache_size})"
+            f"{op}: {name} must have {sum(sizes)} slots for hard keys, as cache_size says, got "
+            f"{slots}: empty_attention_state(..., cache_size={_said(sizes)})"
         )
     expected = {
-        "kv": ((features, headdim_v), "features, headdim_v", acc),
-        "z": ((features,), "features", acc),
-        "log_scale": ((features,), "features", acc),
-        "window_k": ((2 * window, headdim), "2 window, headdim", q.dtype),
-        "window_v": ((2 * window, headdim_v), "2 window, headdim_v", q.dtype),
-        "window_decay": ((2 * window,), "2 window", acc),
-        "sink_k": ((sinks, headdim), "sinks, headdim", q.dtype),
-        "sink_v": ((sinks, headdim_v), "sinks, headdim_v", q.dtype),
+        "kv": ((heads, features, headdim_v), "kv heads, features, headdim_v", acc),
+        "z": ((heads, features), "kv heads, features", acc),
+        "log_scale": ((heads, features), "kv heads, features", acc),
+        "window_k": ((heads, 2 * window, headdim), "kv heads, 2 window, headdim", q.dtype),
+        "window_v": ((heads, 2 * window, headdim_v), "kv heads, 2 window, headdim_v", q.dtype),
+        "window_decay": ((heads, 2 * window), "kv heads, 2 window", acc),
+        "sink_k": ((heads, sinks, headdim), "kv heads, sinks, headdim", q.dtype),
+        "sink_v": ((heads, sinks, headdim_v), "kv heads, sinks, headdim_v", q.dtype),
     }
-    if cache_size:
+    if max(sizes):
+        at, votes = slots_shape(sizes, heads), votes_shape(sizes, heads, window)
+        legend = "slots of all kv heads" if own else "kv heads, cache_size"
+        votes_legend = "votes of all kv heads" if own else "kv heads, cache_size + window"
         expected |= {
-            "cache_k": ((cache_size, headdim), "cache_size, headdim", q.dtype),
-            "cache_v": ((cache_size, headdim_v), "cache_size, headdim_v", q.dtype),
-            "cache_position": ((cache_size,), "cache_size", torch.int64),
-            "cache_decay": ((cache_size,), "cache_size", acc),
-            "cache_votes": ((cache_size + window,), "cache_size + window", acc),
-            "cache_sums": ((headdim + headdim_v,), "headdim + headdim_v", acc),
+            "cache_k": ((*at, headdim), f"{legend}, headdim", q.dtype),
+            "cache_v": ((*at, headdim_v), f"{legend}, headdim_v", q.dtype),
+            "cache_position": (at, legend, torch.int64),
+            "cache_decay": (at, legend, acc),
+            "cache_votes": (votes, votes_legend, acc),
+            "cache_sums": ((heads, headdim + headdim_v), "kv heads, headdim + headdim_v", acc),
         }
         required = [n for n in expected if n.startswith("cache") and n != "cache_decay"]
         required += [] if log_decay is None else ["cache_decay"]
@@ -324,8 +350,8 @@ def check_state(op, name, state, num_seqs, q, k, v, fk, window, sinks, cache_siz
     for field, (shape, legend, dtype) in expected.items():
         x = getattr(state, field)
         if x is not None:
-            check_like(op, f"{name}.{field}", x, (num_seqs, heads, *shape),
-                       f"(sequences, kv heads, {legend})", q, dtype)  # fmt: skip
+            check_like(op, f"{name}.{field}", x, (num_seqs, *shape), f"(sequences, {legend})", q,
+                       dtype)  # fmt: skip
     check_like(op, f"{name}.length", state.length, (num_seqs,), "(sequences)", q, torch.int64)
 
 

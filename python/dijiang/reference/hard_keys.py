@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._types import cache_sizes
 from .sequences import divide, hard_key_rows, segments_of
 
 # A NOVEL-th of the slots goes to the most novel ones, and votes count CARRIED times when the next
@@ -25,7 +26,7 @@ def held_keys(slots, length) -> Tensor:
 def choose_hard_keys(
     q, k, v, *, scale, window, sinks, cache_size, cu_seqlens=None, seq_bounds=None
 ) -> Tensor:  # fmt: skip
-    """int32 (Hkv, rows, cache_size): the positions kept beyond the window, a block and kv head.
+    """int32 (Hkv, rows, max(cache_size)): the positions kept beyond the window, by block and head.
 
     When block j begins, block j - 2 leaves the window. Of its keys, sinks excluded, and of those in
     the slots, cache_size stay: first cache_size // NOVEL by novelty, |v - mean v|
@@ -34,7 +35,9 @@ def choose_hard_keys(
     half of what it had when the choice before was made.
     """
     *rows, count = hard_key_rows(q, window, cu_seqlens, seq_bounds)
-    table = torch.zeros(k.shape[1], count, cache_size, dtype=torch.int32, device=q.device)
+    sizes = cache_sizes(cache_size)
+    sizes *= k.shape[1] // len(sizes)
+    table = torch.zeros(k.shape[1], count, max(sizes), dtype=torch.int32, device=q.device)
     for row, (b, begin, end) in zip(rows, segments_of(q, cu_seqlens, seq_bounds), strict=True):
         for head in range(k.shape[1]):
             queries = q[b, :, begin:end].unflatten(0, (k.shape[1], -1))[head]
@@ -45,14 +48,15 @@ def choose_hard_keys(
                 scale,
                 window,
                 sinks,
-                cache_size,
+                sizes[head],
             )
+            slots = [kept + [-1] * (max(sizes) - len(kept)) for kept in slots]
             table[head, row : row + len(slots)] = torch.tensor(slots, dtype=torch.int32)
     return table
 
 
 def _hard_keys_of_head(q, k, v, scale, window, sinks, cache_size) -> list[list[int]]:
-    """q (G, T, d), k (T, d), v (T, dv) -> positions by block and slot, -1 where one is empty."""
+    """q (G, T, d), k (T, d), v (T, dv) -> positions by block and filled slot."""
     blocks = -(-k.shape[0] // window)
     slots, carried, table = [], {}, []
     for j in range(blocks):
@@ -73,7 +77,7 @@ def _hard_keys_of_head(q, k, v, scale, window, sinks, cache_size) -> list[list[i
             entering = [s for s in fresh if s in keep]
             slots = [s if s in keep else None for s in slots]
             slots = [entering.pop(0) if s is None else s for s in slots] + entering
-        table.append(slots + [-1] * (cache_size - len(slots)))
+        table.append(slots)
     return table
 
 

@@ -34,7 +34,8 @@ def kernelized_attention(
     """As causal_linear_attention with features of q and k, exact keys weighing exp(scale q.k)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
-    if cache_size and hard_keys is None:
+    cached = cache_size != 0
+    if cached and hard_keys is None:
         hard_keys = choose_hard_keys(
             q, k, v, scale=scale, window=window, sinks=sinks, cache_size=cache_size,
             cu_seqlens=cu_seqlens, seq_bounds=seq_bounds,
@@ -47,7 +48,7 @@ def kernelized_attention(
         near = s < sinks
         if window:
             near = near | (t // window - s // window <= 1)
-        if cache_size:
+        if cached:
             held = held_keys(hard_keys[:, row + p // window], len(p))  # (Hkv, T, T)
             near = near | held.repeat_interleave(groups, 0)
         log_w = (scale * (q @ k.mT)).masked_fill(~(near & causal), -math.inf)
@@ -69,5 +70,5 @@ def kernelized_attention(
         den = w.sum(-1, keepdim=True)
         return divide(w @ v, den + eps * (-row_max).exp() if eps else den)
 
-    rows = hard_key_rows(q, window, cu_seqlens, seq_bounds) if cache_size else None
+    rows = hard_key_rows(q, window, cu_seqlens, seq_bounds) if cached else None
     return for_each_sequence(one_sequence, q, k, v, log_decay, cu_seqlens, seq_bounds, rows)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._types import AttentionState, LinearAttentionState, acc_dtype, empty_attention_state
+from .._types import (
+    AttentionState,
+    LinearAttentionState,
+    acc_dtype,
+    cache_sizes,
+    empty_attention_state,
+)
+from .by_head import run_by_head
 from .far_state import (
     LOG2E,
     empty_far,
@@ -63,18 +70,46 @@ def kernelized_attention_recurrent(
     return_state=False, hard_keys=None, return_hard_keys=False,
 ):  # fmt: skip
     """kernelized_attention one token at a time, from and to an AttentionState."""
-    acc = acc_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kv_heads, d, dv = k.shape[1], k.shape[-1], v.shape[-1]
     segments = segments_of(q, cu_seqlens, seq_bounds)
     state = initial_state
     if state is None:
         num_features = 0 if fk is None else fk.omega.shape[1]
         state = empty_attention_state(
-            len(segments), kv_heads, num_features, d, dv, window=window, sinks=sinks,
-            dtype=q.dtype, device=q.device, decay=log_decay is not None, cache_size=cache_size,
+            len(segments), k.shape[1], num_features, k.shape[-1], v.shape[-1], window=window,
+            sinks=sinks, dtype=q.dtype, device=q.device, decay=log_decay is not None,
+            cache_size=cache_size,
         )  # fmt: skip
     log_decay = decay_per_token(log_decay, k)
+    sizes = cache_sizes(cache_size)
+    rows = [0] * (len(segments) + 1)
+    if max(sizes):
+        rows = hard_key_rows(q, window, cu_seqlens, seq_bounds)
+    settings = (scale, window, sinks, max(sizes), segments, rows, normalize, eps)
+
+    def attend(q, k, v, fq, fk, size, log_decay, state, hard_keys):
+        return _recurrent(q, k, v, fq, fk, size, log_decay, state, hard_keys, *settings)
+
+    if len(sizes) == 1:
+        size = sizes[0] or None
+        out, final, table = attend(q, k, v, fq, fk, size, log_decay, state, hard_keys)
+    else:
+        out, final, table = run_by_head(
+            attend, q, k, v, fq, fk, sizes, window, log_decay, state, hard_keys
+        )
+    results = [out, final if return_state else None, table if return_hard_keys else None]
+    wanted = (True, return_state, return_hard_keys)
+    results = [x for x, asked in zip(results, wanted, strict=True) if asked]
+    return tuple(results) if len(results) > 1 else out
+
+
+def _recurrent(
+    q, k, v, fq, fk, cache_size, log_decay, state, hard_keys, scale, window, sinks, columns,
+    segments, rows, normalize, eps,
+):  # fmt: skip
+    """(out, state, table of so many columns) of heads with as many slots; None: without a cache."""
+    acc = acc_dtype(q.dtype)
+    kv_heads, d, dv = k.shape[1], k.shape[-1], v.shape[-1]
     # Exponents of features, base 2: (B, H, T, m) and (B, Hkv, T, m).
     no_features = q.new_zeros(1, 1, 1, 0, dtype=acc)
     b = no_features.expand(*q.shape[:3], 0)
@@ -83,10 +118,9 @@ def kernelized_attention_recurrent(
         b = log_features(q.to(acc), fq, scale) * LOG2E
         a = log_features(k.to(acc), fk, scale) * LOG2E
 
-    table, rows = None, [0] * (len(segments) + 1)
-    if cache_size:
-        rows = hard_key_rows(q, window, cu_seqlens, seq_bounds)
-        table = torch.zeros(kv_heads, rows[-1], cache_size, dtype=torch.int32, device=q.device)
+    table = None
+    if cache_size is not None:
+        table = torch.zeros(kv_heads, rows[-1], columns, dtype=torch.int32, device=q.device)
     out, finals = torch.zeros(*q.shape[:-1], dv, dtype=q.dtype, device=q.device), []
     for n, (row, begin, end) in enumerate(segments):
         far = (state.kv[n], state.z[n], state.log_scale[n])
@@ -95,7 +129,7 @@ def kernelized_attention_recurrent(
         slots_k, slots_v = list(state.window_k[n].unbind(1)), list(state.window_v[n].unbind(1))
         sink_k, sink_v = list(state.sink_k[n].unbind(1)), list(state.sink_v[n].unbind(1))
         slots_decay = None if log_decay is None else list(state.window_decay[n].unbind(1))
-        hard = HardKeySlots(state, n, window, cache_size) if cache_size else None
+        hard = None if cache_size is None else HardKeySlots(state, n, window, cache_size)
         outs = []
         for t in range(begin, end):
             p = p0 + t - begin
@@ -133,7 +167,8 @@ def kernelized_attention_recurrent(
             query = _by_kv_head(q[row, :, t].to(acc), kv_heads)
             scores = (scale * LOG2E) * (query @ keys.to(acc).mT)
             if hard:
-                table[:, block] = hard.padded(hard.position, -1)
+                table[:, block] = -1
+                table[:, block, : hard.position.shape[1]] = hard.position
                 hard.see(torch.cat([new_k, new_v], -1).to(acc), scores, p, sinks)
             exponents = _by_kv_head(b[row, :, t], kv_heads)
             for s in since_fold if slots_decay else []:
@@ -157,15 +192,10 @@ def kernelized_attention_recurrent(
         )
         if outs:
             out = put(out, row, begin, end, torch.stack(outs, 1))
-    results = [out]
-    if return_state:
-        final = AttentionState(
-            *(None if x[0] is None else torch.stack(x) for x in zip(*finals, strict=True))
-        )
-        results.append(final if finals else state)
-    if return_hard_keys:
-        results.append(table)
-    return tuple(results) if len(results) > 1 else out
+    final = AttentionState(
+        *(None if x[0] is None else torch.stack(x) for x in zip(*finals, strict=True))
+    ) if finals else state  # fmt: skip
+    return out, final, table
 
 
 def causal_linear_attention_update(

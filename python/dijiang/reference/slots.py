@@ -102,7 +102,7 @@ class HardKeySlots:
             slots = [i if i in kept else entering.pop(0) for i in range(num_slots)
                      if i in kept or entering]  # fmt: skip
             stay.append(slots + entering)
-        return torch.tensor(stay, device=keys.device)
+        return torch.tensor(stay, dtype=torch.int64, device=keys.device)
 
     @staticmethod
     def _take(position, given):

@@ -36,3 +36,4 @@ inline __half __float2half_rn(float x) {
   return {uint16_t(sign | uint16_t(((exponent + 14) << 10) + (mantissa - 1024)))};
 }
 inline __half __float2half(float x) { return __float2half_rn(x); }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }

@@ -14,6 +14,36 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
+namespace cuda_emulator {
+// The device that is played.
+struct Device {
+  int multiprocessors = 1;
+  int shared_bytes = 99 * 1024;  // that a block can have
+};
+inline Device& device() {
+  static Device instance;
+  return instance;
+}
+}  // namespace cuda_emulator
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+inline cudaError_t cudaGetDevice(int* index) {
+  *index = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_emulator::Device& device = cuda_emulator::device();
+  *value = attribute == cudaDevAttrMultiProcessorCount                ? device.multiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor           ? 8
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? device.shared_bytes + 1024
+                                                                      : device.shared_bytes;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }

@@ -99,12 +99,13 @@ struct State {
     sink_k.assign(cells * p.sinks * p.dim, Traits<T>::narrow(NAN));
     sink_v.assign(cells * p.sinks * p.dim_v, Traits<T>::narrow(NAN));
     length.assign(p.window + p.sinks > 0 ? p.sequences().size() : 0, 0);
-    if (p.cache_size == 0) return;
-    cache_k.assign(cells * p.cache_size * p.dim, Traits<T>::narrow(NAN));
-    cache_v.assign(cells * p.cache_size * p.dim_v, Traits<T>::narrow(NAN));
-    cache_position.assign(cells * p.cache_size, -1);
-    cache_decay.assign(p.decay ? cells * p.cache_size : 0, NAN);
-    votes.assign(cells * (p.cache_size + p.window), 0.0f);
+    if (p.cache().most == 0) return;
+    const size_t slots = p.sequences().size() * p.cache().all(p.kv_heads);
+    cache_k.assign(slots * p.dim, Traits<T>::narrow(NAN));
+    cache_v.assign(slots * p.dim_v, Traits<T>::narrow(NAN));
+    cache_position.assign(slots, -1);
+    cache_decay.assign(p.decay ? slots : 0, NAN);
+    votes.assign(slots + cells * p.window, 0.0f);
     sums.assign(cells * (p.dim + p.dim_v), 0.0f);
   }
   dijiang::AttentionState pointers() {
@@ -159,11 +160,12 @@ struct Call {
   std::vector<T> out;
   std::vector<float> row_scale, row_sum;
 
-  explicit Call(const oracle::Problem& problem)
+  // value_step: every so many-th element of v is used. 1: rows that asynchronous copies can take.
+  explicit Call(const oracle::Problem& problem, int value_step = 2)
       : p(problem),
         q(p.q, p.batch, p.heads, p.seqlen, p.dim, true, 1),
         k(p.k, p.batch, p.kv_heads, p.seqlen, p.dim, false, 1),
-        v(p.v, p.batch, p.kv_heads, p.seqlen, p.dim_v, true, 2),
+        v(p.v, p.batch, p.kv_heads, p.seqlen, p.dim_v, true, value_step),
         grad_out(p.grad_out, p.batch, p.heads, p.seqlen, p.dim_v, true, 1),
         omega_q(p.omega_q.begin(), p.omega_q.end()),
         omega_k(p.omega_k.begin(), p.omega_k.end()),
@@ -198,7 +200,7 @@ struct Call {
     a.scale = p.scale;
     a.window = p.window;
     a.sinks = p.sinks;
-    a.cache_size = p.cache_size;
+    a.cache = p.cache();
     a.normalize = p.normalize;
     a.eps = p.eps;
     if (p.decay) {
@@ -249,10 +251,10 @@ struct Call {
     b.forward.row_sum = sum.data();
     if (from) b.forward.initial = from->pointers();
     if (to) b.forward.final = to->pointers();
-    std::vector<int32_t> hard(p.cache_size * p.kv_heads * b.forward.cache_rows(), -9);
-    if (p.cache_size > 0) b.forward.chosen = hard.data();
+    std::vector<int32_t> hard(p.cache().most * p.kv_heads * b.forward.cache_rows(), -9);
+    if (p.cache().most > 0) b.forward.chosen = hard.data();
     if (run(b.forward) != cudaSuccess) throw std::runtime_error("forward");
-    if (p.cache_size > 0) b.forward.given = hard.data();
+    if (p.cache().most > 0) b.forward.given = hard.data();
     b.forward.chosen = nullptr;
 
     Gradients<T> g;

@@ -12,7 +12,8 @@
 //   - warp collectives that a lane of the mask never reaches,
 //   - launches beyond the hardware's limits.
 // Races between barriers show as results that change with the order in which threads run:
-// set_schedule() runs the same kernel in ascending, descending or shuffled order.
+// set_schedule() runs the same kernel in ascending, descending or shuffled order, or with one warp
+// far ahead of the others.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cuda_runtime_api.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -60,12 +63,16 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kGuard = 0xA5;
 
-enum class Schedule { kAscending, kDescending, kShuffled };
+// The last two: warp after warp, each as far as it comes without the others.
+enum class Schedule { kAscending, kDescending, kShuffled, kFirstWarpFirst, kLastWarpFirst };
 
 struct Settings {
   Schedule schedule = Schedule::kAscending;
   unsigned seed = 1;
   int64_t launches = 0;  // since the program began
+  uint64_t blocks = 0;   // likewise
+  int64_t bank_conflicts = 0;
+  std::vector<std::string> kernels;  // launched, by name
 };
 
 inline Settings& settings() {
@@ -255,22 +262,32 @@ inline void run_block() {
   Block& b = block();
   std::vector<Fiber*> order;
   for (Fiber& fiber : b.fibers) order.push_back(&fiber);
-  if (settings().schedule == Schedule::kDescending) std::reverse(order.begin(), order.end());
+  const Schedule schedule = settings().schedule;
+  if (schedule == Schedule::kDescending || schedule == Schedule::kLastWarpFirst) {
+    std::reverse(order.begin(), order.end());
+  }
+  const bool by_warps =
+      schedule == Schedule::kFirstWarpFirst || schedule == Schedule::kLastWarpFirst;
+  const size_t together = by_warps ? 32 : order.size();
   std::mt19937 shuffle(settings().seed + blockIdx.x * 31 + blockIdx.y * 7 + blockIdx.z);
   size_t done = 0;
   while (done < order.size()) {
-    if (settings().schedule == Schedule::kShuffled) {
+    if (schedule == Schedule::kShuffled) {
       std::shuffle(order.begin(), order.end(), shuffle);
     }
-    bool progress = true;
-    while (progress) {
-      progress = false;
-      for (Fiber* fiber : order) {
-        if (!runnable(*fiber)) continue;
-        fiber->state = Fiber::State::kReady;
-        resume(*fiber);
-        progress = true;
-        if (fiber->state == Fiber::State::kDone) ++done;
+    for (size_t first = 0; first < order.size(); first += together) {
+      const size_t end = std::min(first + together, order.size());
+      bool progress = true;
+      while (progress) {
+        progress = false;
+        for (size_t i = first; i < end; ++i) {
+          Fiber& fiber = *order[i];
+          if (!runnable(fiber)) continue;
+          fiber.state = Fiber::State::kReady;
+          resume(fiber);
+          progress = true;
+          if (fiber.state == Fiber::State::kDone) ++done;
+        }
       }
     }
     if (done == order.size()) break;
@@ -297,14 +314,16 @@ inline void run_block() {
   }
 }
 
-inline void launch(dim3 grid, dim3 threads, size_t shared_bytes,
+inline void launch(const char* name, dim3 grid, dim3 threads, size_t shared_bytes,
                    const std::function<void()>& body) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 2147483647u || grid.y > 65535 ||
-      grid.z > 65535 || count == 0 || count > 1024 || threads.z > 64 || shared_bytes > 99 * 1024) {
+      grid.z > 65535 || count == 0 || count > 1024 || threads.z > 64 ||
+      shared_bytes > size_t(device().shared_bytes)) {
     throw std::runtime_error("cuda emulator: launch beyond the limits of the hardware");
   }
   ++settings().launches;
+  settings().kernels.emplace_back(name);
   Block& b = block();
   b.body = &body;
   gridDim = grid;
@@ -315,6 +334,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes,
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, z};
+        ++settings().blocks;
         // Allocated anew for each block, to the byte, so that AddressSanitizer knows its end.
         const size_t bytes = (shared_bytes + kGuardBytes + 127) / 128 * 128;
         const std::unique_ptr<char, decltype(&std::free)> owner(
@@ -357,10 +377,11 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes,
 
 }  // namespace cuda_emulator
 
-#define DIJIANG_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                    \
-  do {                                                                                      \
-    (void)(stream);                                                                         \
-    cuda_emulator::launch((grid), (threads), (shared_bytes), [&] { kernel(__VA_ARGS__); }); \
+#define DIJIANG_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  do {                                                                   \
+    (void)(stream);                                                      \
+    cuda_emulator::launch(#kernel, (grid), (threads), (shared_bytes),    \
+                          [&] { kernel(__VA_ARGS__); });                 \
   } while (0)
 
 // The block's dynamic shared memory under the name given.

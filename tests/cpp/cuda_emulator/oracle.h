@@ -21,6 +21,7 @@ struct Problem {
   int batch = 1, heads = 2, kv_heads = 1, seqlen = 100, dim = 16, dim_v = 16, features = 24;
   double scale = 0.25;
   int window = 0, sinks = 0, cache_size = 0;
+  std::vector<int> cache_sizes;  // of each kv head; empty: cache_size
   bool decay = false, normalize = true, beta = true, log_weight = true;
   double eps = 0.0;
   double size = 1.0;                       // of q and k
@@ -28,6 +29,18 @@ struct Problem {
   std::vector<double> q, k, v, log_decay;  // dense (batch, heads, seqlen, dim)
   std::vector<double> omega_q, omega_k, weight_q, weight_k, beta_q, beta_k;
   std::vector<double> grad_out;
+
+  int slots(int kv_head) const { return cache_sizes.empty() ? cache_size : cache_sizes[kv_head]; }
+  dijiang::CacheSizes cache() const {
+    dijiang::CacheSizes out;
+    out.most = cache_size;
+    out.own = !cache_sizes.empty();
+    for (size_t h = 0; h < cache_sizes.size(); ++h) {
+      out.most = std::max<int64_t>(out.most, cache_sizes[h]);
+      out.first[h + 1] = out.first[h] + cache_sizes[h];
+    }
+    return out;
+  }
 
   void fill(unsigned seed, double (*round)(double)) {
     std::mt19937 generator(seed);
@@ -96,6 +109,12 @@ inline std::vector<Problem> hard_key_problems() {
     p.dim = p.dim_v = 8;
     p.features = 10;
     all.push_back(p);
+    if (cache_size > 1 && cache_size < 90) {  // heads apart, one of them without
+      p.cache_size = 0;
+      p.cache_sizes = {cache_size, cache_size % 3 == 0 ? 0 : cache_size / 2};
+      if (window == 6) std::swap(p.cache_sizes[0], p.cache_sizes[1]);
+      all.push_back(p);
+    }
   }
   return all;
 }
@@ -163,6 +182,7 @@ inline void features_backward(const Problem& p, const double* x, const double* o
 // docs/numerics.md, "Hard keys".
 inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int begin, int length,
                                                int kv_head) {
+  const int size = p.slots(kv_head);
   const int w = p.window, d = p.dim, dv = p.dim_v, group = p.heads / p.kv_heads;
   const auto key = [&](int s) { return &p.k[p.row(kv_head, p.kv_heads, batch, begin + s) * d]; };
   const auto value = [&](int s) { return &p.v[p.row(kv_head, p.kv_heads, batch, begin + s) * dv]; };
@@ -197,7 +217,7 @@ inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int 
       carried.clear();
       for (size_t i = 0; i < all.size(); ++i) carried[all[i]] = dijiang::kCarriedVotes * votes[i];
     }
-    if (block >= 2 && int(all.size()) > p.cache_size) {
+    if (block >= 2 && int(all.size()) > size) {
       std::vector<double> mean_k(d), mean_v(dv), novelty;
       for (int s = 0; s < block * w; ++s) {
         for (int j = 0; j < d; ++j) mean_k[j] += key(s)[j] / (block * w);
@@ -223,15 +243,15 @@ inline std::vector<std::vector<int>> hard_keys(const Problem& p, int batch, int 
           kept[best] = true;
         }
       };
-      const int novel = p.cache_size / int(dijiang::kNovelSlots);
+      const int novel = size / int(dijiang::kNovelSlots);
       keep(novelty, novel);
-      keep(votes, p.cache_size - novel);
+      keep(votes, size - novel);
       std::vector<int> entering, next;
       for (size_t i = held.size(); i < all.size(); ++i) {
         if (kept[i]) entering.push_back(all[i]);
       }
       size_t used = 0;
-      for (int i = 0; i < p.cache_size; ++i) {
+      for (int i = 0; i < size; ++i) {
         const bool stays = i < int(held.size()) && kept[i];
         next.push_back(stays ? held[i] : entering[used++]);
       }
@@ -288,7 +308,7 @@ inline Result run(const Problem& p, bool backward) {
         da[t].assign(m, 0.0);
       }
       std::vector<std::vector<int>> held;
-      if (p.cache_size > 0) held = hard_keys(p, batch, begin, length, hk);
+      if (p.cache().most > 0) held = hard_keys(p, batch, begin, length, hk);
       const auto is_held = [&](int block, int s) {
         return !held.empty() && std::count(held[block].begin(), held[block].end(), s) > 0;
       };

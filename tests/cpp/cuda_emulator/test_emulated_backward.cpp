@@ -4,6 +4,7 @@
 #include <array>
 #include <string>
 
+#include "cuda/fused_forward.cu"
 #include "cuda/linear_attention_backward.cu"
 #include "cuda/linear_attention_forward.cu"
 #include "emulated_attention.h"
@@ -372,6 +373,23 @@ TEST(EmulatedBackward, OrderOfThreadsChangesNothing) {
     const auto first = run(cuda_emulator::Schedule::kAscending);
     EXPECT_EQ(first, run(cuda_emulator::Schedule::kDescending));
     EXPECT_EQ(first, run(cuda_emulator::Schedule::kShuffled));
+  }
+}
+
+// The fused forward leaves the statistics that the backward reads: sums of bfloat16 features.
+TEST(EmulatedBackward, AfterTheFusedForward) {
+  for (const bool decay : {false, true}) {
+    Problem p;
+    p.decay = decay;
+    p.seqlen = 100;
+    p.dim = p.dim_v = p.features = 64;
+    p.scale = 0.125;
+    p.fill(13, emulated::round_to<__nv_bfloat16>);
+    cuda_emulator::settings().kernels.clear();
+    Call<__nv_bfloat16> call(p, 1);
+    const Gradients<__nv_bfloat16> got = call.backward(0, p.seqlen);
+    ASSERT_NE(cuda_emulator::settings().kernels[0].find("walk_"), std::string::npos);
+    compare(p, got, oracle::run(p, true), 2 * tolerance<__nv_bfloat16>());
   }
 }
 

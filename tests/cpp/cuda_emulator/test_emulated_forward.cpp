@@ -4,6 +4,7 @@
 #include <array>
 #include <string>
 
+#include "cuda/fused_forward.cu"
 #include "cuda/linear_attention_forward.cu"
 #include "cuda/linear_attention_update.cu"
 #include "emulated_attention.h"

@@ -1,0 +1,157 @@
+// Tiles of the fused kernels: 16-bit rows in shared memory, and a warp's fragments of them.
+//
+// A row is 128 or 256 bytes, so that rows a multiple of 8 apart begin at the same bank. Its pieces
+// of 16 bytes lie at their number XOR row % 8: the 8 rows that ldmatrix reads at a time, or the 8
+// rows that a fragment writes its registers to, then touch every bank once. No padding: a copy
+// of 16 bytes stays one piece, and two blocks fit on a multiprocessor.
+#pragma once
+
+#include "cuda/mma_sync.h"
+
+namespace dijiang::cuda {
+
+constexpr int kTileRows = 64;  // tokens
+constexpr int kWalkWarps = 4;  // of 16 tokens each
+constexpr int kWalkThreads = 32 * kWalkWarps;
+
+template <int kWidth>
+__device__ inline int tile_offset(int row, int column) {
+  return row * kWidth + (((column / 8) ^ (row % 8)) * 8) + column % 8;
+}
+
+// Of a tile stored [row][depth] as the left operand: rows [row, row + 16), depth [k, k + 16).
+template <int kWidth, class T>
+__device__ inline void load_left(unsigned (&a)[4], const T* tile, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  load_matrices(a, tile + tile_offset<kWidth>(row + lane % 16, k + lane / 16 * 8));
+}
+// Stored [depth][row].
+template <int kWidth, class T>
+__device__ inline void load_left_transposed(unsigned (&a)[4], const T* tile, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  load_transposed(a,
+                  tile + tile_offset<kWidth>(k + lane % 8 + lane / 16 * 8, row + lane / 8 % 2 * 8));
+}
+// The right operand, columns [column, column + 16): b[0], b[1] of the first 8, then of the others.
+// Stored [column][depth].
+template <int kWidth, class T>
+__device__ inline void load_right(unsigned (&b)[4], const T* tile, int column, int k) {
+  const int lane = threadIdx.x % 32;
+  load_matrices(
+      b, tile + tile_offset<kWidth>(column + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+}
+// Stored [depth][column].
+template <int kWidth, class T>
+__device__ inline void load_right_transposed(unsigned (&b)[4], const T* tile, int column, int k) {
+  const int lane = threadIdx.x % 32;
+  load_transposed(b, tile + tile_offset<kWidth>(k + lane % 16, column + lane / 16 * 8));
+}
+
+// c0 (columns 0-7), c1 (8-15) += a b
+template <class T>
+__device__ inline void multiply_add_16(float (&c0)[4], float (&c1)[4], const unsigned (&a)[4],
+                                       const unsigned (&b)[4]) {
+  multiply_add<T>(c0, a, b[0], b[1]);
+  multiply_add<T>(c1, a, b[2], b[3]);
+}
+
+// Computed operands are bfloat16 whatever the inputs are: its exponents reach as far as those of
+// float, so that another scale shows in no bit. With kParts = 2 (float16 inputs, which are worth
+// more bits) they are sums of two.
+template <int kParts>
+struct Split {
+  unsigned part[kParts];
+  __device__ Split(float first, float second) {
+    part[0] = pack<__nv_bfloat16>(first, second);
+    if constexpr (kParts == 2) {
+      const Pair<__nv_bfloat16> high = unpack<__nv_bfloat16>(part[0]);
+      part[1] = pack<__nv_bfloat16>(first - high.first, second - high.second);
+    }
+  }
+};
+
+// What products with the parts will see.
+template <int kParts>
+__device__ inline Pair<float> joined(const unsigned (&part)[kParts]) {
+  const Pair<__nv_bfloat16> high = unpack<__nv_bfloat16>(part[0]);
+  if constexpr (kParts == 1) {
+    return {high.first, high.second};
+  } else {
+    const Pair<__nv_bfloat16> low = unpack<__nv_bfloat16>(part[1]);
+    return {high.first + low.first, high.second + low.second};
+  }
+}
+
+// Products of operands of kParts parts each, but for that of the two lower ones.
+template <int kParts>
+__device__ inline void multiply_parts_16(float (&c0)[4], float (&c1)[4],
+                                         const unsigned (&a)[kParts][4],
+                                         const unsigned (&b)[kParts][4]) {
+  if constexpr (kParts == 2) {
+    multiply_add_16<__nv_bfloat16>(c0, c1, a[1], b[0]);
+    multiply_add_16<__nv_bfloat16>(c0, c1, a[0], b[1]);
+  }
+  multiply_add_16<__nv_bfloat16>(c0, c1, a[0], b[0]);
+}
+
+// The whole number nearest to x. Additions, because rintf takes the slow pipe of exp2.
+__device__ inline float round_whole(float x) {
+  const float big = copysignf(8388608.0f, x);
+  return fabsf(x) < 8388608.0f ? __fadd_rn(__fadd_rn(x, big), -big) : x;
+}
+
+// 2^(x + shift) for a whole shift, as exp2_scaled, of exponents that do not exceed 0 (but by the
+// rounding of exponents beyond 2^24).
+__device__ inline float exp2_below(float x, float shift) {
+  const float whole = round_whole(x), e = whole + shift;
+  const float fraction = fast_exp2(x - whole);
+  // A whole number added to 1.5 2^23 stands in the lowest bits.
+  const int bits = __float_as_int(__fadd_rn(fminf(fmaxf(e, -125.0f), 1.0f), 12582912.0f));
+  const float y = fraction * __int_as_float((bits << 23) + 0x3F800000);  // a NaN stays one
+  return e < -125.0f ? 0.0f : y;
+}
+
+// Register t of lane j of a quad goes to register j of lane t.
+__device__ inline void transpose_quad(unsigned (&r)[4]) {
+  const int j = threadIdx.x % 4;
+  DIJIANG_UNROLL()
+  for (int step = 1; step <= 2; step *= 2) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < 4; ++t) {
+      if (t & step) continue;
+      const bool upper = j & step;
+      const unsigned got = __shfl_xor_sync(~0u, upper ? r[t] : r[t + step], step);
+      if (upper) {
+        r[t] = got;
+      } else {
+        r[t + step] = got;
+      }
+    }
+  }
+}
+
+// Column maxima of a warp's rows: x[t][e] is of column 8 t + 2 (lane % 4) + e. Afterwards the
+// first kTiles / 8 tiles stand for those from the number returned on.
+template <int kTiles>
+__device__ inline int max_over_rows(float (&x)[kTiles][2]) {
+  const int lane = threadIdx.x % 32;
+  int first = 0;
+  DIJIANG_UNROLL()
+  for (int level = 0; level < 3; ++level) {
+    const int half = kTiles >> (level + 1), mask = 16 >> level;
+    const bool upper = lane & mask;
+    first += upper ? half : 0;
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kTiles / 2; ++t) {
+      if (t >= half) continue;
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 2; ++e) {
+        const float got = __shfl_xor_sync(~0u, upper ? x[t][e] : x[t + half][e], mask);
+        x[t][e] = fmaxf(upper ? x[t + half][e] : x[t][e], got);
+      }
+    }
+  }
+  return first;
+}
+
+}  // namespace dijiang::cuda
