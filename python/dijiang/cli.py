@@ -84,7 +84,7 @@ else:
     Spread = Annotated[
         bool,
         typer.Option(
-            "--spread/--even", help="Hard keys where layers need them, or as many in each."
+            "--spread/--even", help="Hard keys where heads need them, or as many for each."
         ),
     ]
     Out = Annotated[Path, typer.Option(help="Folder to write to.")]

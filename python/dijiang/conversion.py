@@ -56,7 +56,7 @@ def convert(
         config: what to convert to; None: the defaults of DiJiangConfig.
         calibration: token ids to calibrate on: a tensor (batch, seqlen), or a list of lists; 4,096
             tokens are enough, in rows at least half as long as the contexts it will serve.
-        spread: False: as many hard keys in each layer. So it is, too, where ``config.per_layer``
+        spread: False: as many hard keys for each head. So it is, too, where ``config.per_layer``
             has cache sizes of its own.
         progress: called with (forwards done, forwards in all) while the hard keys are spread, the
             longest part.
