@@ -5,7 +5,7 @@
 Some layers' queries, keys and values of whole windows are kept, under softmax attention; then the
 far keys of one layer after the other are calibrated on rows of a length, trained to give softmax
 attention's outputs there, and measured on held-out windows. Nothing else moves. The exact keys are
-those of quality.py's "hard 64, spread", whose sizes are taken from its result. Writes far.csv: the
+those of quality.py's "hard 64, layers", whose sizes are taken from its result. Writes far.csv: the
 relative squared error of attention's outputs by position, the mean over the layers.
 """
 
@@ -142,7 +142,7 @@ def main() -> None:
     if options.quick:
         layers, length, edges = (0, 1), 256, (64, 128, 256)
     else:
-        config = json.loads(path_of("hard 64, spread").read_text())["config"]
+        config = json.loads(path_of("hard 64, layers").read_text())["config"]
         config = DiJiangConfig.from_dict(config)
     bench = Bench(options.model, options.data, Sizes({}, 0, (), 0))
     rows = []

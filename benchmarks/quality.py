@@ -261,14 +261,14 @@ def language(rows: Mapping[str, dict]) -> str:
 
 def recall(rows: Mapping[str, dict]) -> str:
     """Answer tokens that are right, and their loss, behind so many tokens."""
-    header = ["recipe"]
+    header = ["recipe", "questions"]
     for kind, name in (("pass_key", "pass key"), ("associative", "associative")):
         header += [f"{name} {one['distance']}" for one in _first(rows).get(kind, ())]
     lines = []
     for name, row in rows.items():
         asked = row["measured"]["pass_key"] + row["measured"]["associative"]
         cells = [f"{100 * one['accuracy']:.0f} % ({one['loss']:.2f})" for one in asked]
-        lines.append([name, *cells])
+        lines.append([name, asked[0]["trials"], *cells])
     return table(header, lines)
 
 
@@ -284,7 +284,11 @@ def draw(rows: Mapping[str, dict], path: Path) -> None:
     """What is kept by how many hard keys, chosen and spread in different ways, untrained."""
     from dijiang import plots
 
-    kinds = {"hard": "as many in each layer", "spread": "spread over the layers"}
+    kinds = {
+        "hard": "as many for each head",
+        "layers": "spread over the layers",
+        "spread": "spread over the heads",
+    }
     kinds["heavy hitters"] = "heavy hitters (H2O)"
     best, worst = (rows[end]["measured"]["perplexity"][-1] for end in ("teacher", "window"))
     series: dict[str, list[tuple[float, float]]] = {}

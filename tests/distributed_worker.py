@@ -30,7 +30,9 @@ CONFIGS = {
     "decay token": DiJiangConfig(cache_size=5, decay="token", **NEAR),
     "linear, decay token": DiJiangConfig(window=0, sinks=0, cache_size=0, decay="token"),
     "published": DiJiangConfig.published(),
-    "layers differ": DiJiangConfig(cache_size=5, per_layer={1: {"window": 4, "sinks": 0, "cache_size": (3, 9)}}, **NEAR),
+    "layers differ": DiJiangConfig(
+        cache_size=5, per_layer={1: {"window": 4, "sinks": 0, "cache_size": (3, 9)}}, **NEAR
+    ),
 }
 SEQLEN = 70
 PAIR = (1, 3)  # ranks of a group that is not all of them

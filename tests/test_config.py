@@ -120,7 +120,12 @@ def test_per_layer():
     assert own.per_layer == {0: {"cache_size": (8, 0)}, 1: {"cache_size": 4}}
     assert DiJiangConfig.from_dict(json.loads(json.dumps(own.to_dict()))) == own
     assert DiJiangConfig(cache_size=[2, 1]).at(5).cache_size == (2, 1)
-    for wrong, kind in (((8, -1), ValueError), ((8, 0.5), TypeError), ((), TypeError), ("8", TypeError)):
+    for wrong, kind in (
+        ((8, -1), ValueError),
+        ((8, 0.5), TypeError),
+        ((), TypeError),
+        ("8", TypeError),
+    ):
         with pytest.raises(kind, match="cache_size must be"):
             DiJiangConfig(cache_size=wrong)
     with pytest.raises(ValueError, match="layers leaves as it is"):

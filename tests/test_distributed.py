@@ -63,7 +63,9 @@ def weighed(out, state):
 @pytest.mark.parametrize("cuts", [[11, 24], [1, 2, 16]], ids=str)
 @pytest.mark.parametrize("decay", [None, "head", "token"])
 @pytest.mark.parametrize(
-    "near", [(4, 0, 0), (4, 2, 0), (4, 2, 3), (4, 6, 5), (4, 1, (5, 0)), (8, 1, 8), (0, 3, 0)], ids=str
+    "near",
+    [(4, 0, 0), (4, 2, 0), (4, 2, 3), (4, 6, 5), (4, 1, (5, 0)), (8, 1, 8), (0, 3, 0)],
+    ids=str,
 )
 def test_slices_are_the_whole(near, decay, cuts):
     """Gradients too, in float64, against autograd through the token-by-token form."""

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from attention_cases import assert_close, make_case, one_thread  # noqa: F401
 from dijiang import reference
-from dijiang.ops import empty_attention_state, kernelized_attention, kernelized_attention_update
 from dijiang._types import cache_sizes
+from dijiang.ops import empty_attention_state, kernelized_attention, kernelized_attention_update
 from dijiang.ops._hard_keys import by_head, table_is_possible
 
 NEAR = {"window": 8, "sinks": 3, "cache_size": 6}
@@ -241,6 +241,6 @@ def test_sequences_must_lie_in_order():
     params = (*case.fq[:3], *case.fk[:3])
     with pytest.raises(RuntimeError, match="hard keys want sequences in order"):
         torch.ops.dijiang.kernelized_attention_fwd(
-            case.q, case.k, case.v, *params, None, rows, *(None,) * 16, 1, 0.4, 8, 3, [6], True, 0.0,
-            False,
+            case.q, case.k, case.v, *params, None, rows, *(None,) * 16, 1, 0.4, 8, 3, [6], True,
+            0.0, False,
         )  # fmt: skip

@@ -173,8 +173,7 @@ class HardKeys {
     if (p_.chosen == nullptr) return;
     const int64_t most = p_.cache.most;
     int32_t* row = p_.chosen + row_of(block) * most;
-    for (int64_t i = 0; i < most; ++i)
-      row[i] = static_cast<int32_t>(i < count ? position_[i] : -1);
+    for (int64_t i = 0; i < most; ++i) row[i] = static_cast<int32_t>(i < count ? position_[i] : -1);
   }
 
  private:

@@ -174,8 +174,8 @@ class LinearAttentionUpdate {
   // As HardKeys::vote: the first slot's vote, then the block before.
   void vote(const Acc* near, Acc total) {
     const int64_t c = slots_, w = p_.window;
-    Acc* votes = static_cast<Acc*>(p_.final.votes) +
-                 p_.cache.vote(sequence_, head_, p_.num_kv_heads, w);
+    Acc* votes =
+        static_cast<Acc*>(p_.final.votes) + p_.cache.vote(sequence_, head_, p_.num_kv_heads, w);
     const Acc inverse = 1 / total;
     const Acc* weights = near + sink_columns();
     for (int64_t i = 0; i < hard_count_; ++i) votes[i] += weights[i] * inverse;
@@ -279,8 +279,8 @@ class LinearAttentionUpdate {
   int64_t sequence_ = 0, head_ = 0, state_row_ = 0, position_ = 0;
   int64_t slots_ = 0, first_slot_ = 0;  // the head's
   int64_t hard_count_ = 0;              // hard keys in them
-  double log_decay_ = 0;    // natural, of the token
-  Acc* q_ = nullptr;        // (groups, dp)
+  double log_decay_ = 0;                // natural, of the token
+  Acc* q_ = nullptr;                    // (groups, dp)
   Acc* key_ = nullptr;
   Acc* value_ = nullptr;
   Acc* row_ = nullptr;        // one near key or value

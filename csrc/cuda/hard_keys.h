@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
     tiles.choice.held[i] = resumed ? static_cast<int>(p.initial.cache_position[slot + i]) : -1;
   }
   for (int64_t i = tid; i < size + w; i += kThreads) {
-    tiles.choice.votes[i] =
-        resumed ? static_cast<const float*>(p.initial.votes)[vote + i] : 0.0f;
+    tiles.choice.votes[i] = resumed ? static_cast<const float*>(p.initial.votes)[vote + i] : 0.0f;
   }
   for (int64_t j = tid; j < width; j += kThreads) {
     tiles.choice.sums[j] =

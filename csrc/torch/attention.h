@@ -108,13 +108,15 @@ inline AttentionState state_data(const StateTensors& s, const LinearAttentionPar
   check(!any || p.sinks == 0 || h == 0 || (out.sink_k && out.sink_v && out.length),
         "a state with sinks needs sink_k, sink_v and length");
   if (p.cache.most == 0) return out;
-  out.cache_k = mutable_contiguous_data(s.cache_k, "cache_k", like, dtype, slots_shape(p, n, {p.headdim}));
-  out.cache_v = mutable_contiguous_data(s.cache_v, "cache_v", like, dtype, slots_shape(p, n, {p.headdim_v}));
+  out.cache_k =
+      mutable_contiguous_data(s.cache_k, "cache_k", like, dtype, slots_shape(p, n, {p.headdim}));
+  out.cache_v =
+      mutable_contiguous_data(s.cache_v, "cache_v", like, dtype, slots_shape(p, n, {p.headdim_v}));
   out.cache_position = static_cast<int64_t*>(mutable_contiguous_data(
       s.cache_position, "cache_position", like, ScalarType::Long, slots_shape(p, n, {})));
-  out.cache_decay = mutable_contiguous_data(s.cache_decay, "cache_decay", like, acc, slots_shape(p, n, {}));
-  out.votes =
-      mutable_contiguous_data(s.cache_votes, "cache_votes", like, acc, votes_shape(p, n));
+  out.cache_decay =
+      mutable_contiguous_data(s.cache_decay, "cache_decay", like, acc, slots_shape(p, n, {}));
+  out.votes = mutable_contiguous_data(s.cache_votes, "cache_votes", like, acc, votes_shape(p, n));
   out.sums = mutable_contiguous_data(s.cache_sums, "cache_sums", like, acc,
                                      {n, h, p.headdim + p.headdim_v});
   const bool complete = s.cache_k && s.cache_v && s.cache_position && s.cache_votes && s.cache_sums;
@@ -244,8 +246,9 @@ AttentionOutputs attention_forward(const AttentionArgs& a, const StateTensors& i
   o.cache_decay = new_tensor(a.q, slots_shape(p, p.log_decay ? n : 0, {}), acc, true);
   o.cache_votes = new_tensor(a.q, votes_shape(p, cached), acc, true);
   o.cache_sums = new_tensor(a.q, {cached, h, p.headdim + p.headdim_v}, acc);
-  o.hard_keys = a.hard_keys && p.cache.most > 0 ? no_tensor(a.q, ScalarType::Int)
-                                     : new_tensor(a.q, hard_keys_shape(p), ScalarType::Int, true);
+  o.hard_keys = a.hard_keys && p.cache.most > 0
+                    ? no_tensor(a.q, ScalarType::Int)
+                    : new_tensor(a.q, hard_keys_shape(p), ScalarType::Int, true);
 
   p.out = data_of(o.out);
   p.row_scale = data_of(o.row_scale);

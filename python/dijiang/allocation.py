@@ -58,8 +58,8 @@ def spread_hard_keys(
         )
     if not config.cache_size or not isinstance(config.cache_size, int):
         raise ValueError(
-            f"spread_hard_keys: config.cache_size is {config.cache_size!r}: it must be the mean over "
-            "the heads, above 0, as in DiJiangConfig(cache_size=64)"
+            f"spread_hard_keys: config.cache_size is {config.cache_size!r}: it must be the mean "
+            "over the heads, above 0, as in DiJiangConfig(cache_size=64)"
         )
     if is_converted(model):
         raise ValueError(
@@ -161,7 +161,10 @@ def _errors_by_size(model, kernels, ids: Tensor, sizes, advance) -> list[list[li
             model(input_ids=row, use_cache=False, **only_last_logits(model))
             # (layers, sizes + 1, kv heads)
             sums = sums + torch.stack(
-                [kernel.loss.double().unflatten(1, (kernel.kv_heads, -1)).sum(2) for kernel in kernels]
+                [
+                    kernel.loss.double().unflatten(1, (kernel.kv_heads, -1)).sum(2)
+                    for kernel in kernels
+                ]
             )
             advance()
     whole = sums[:, -1:].sum(2, keepdim=True)

@@ -81,7 +81,7 @@ class DiJiangConfig:
     output_gate: bool = False
     #: "all" or the indices of the layers to convert; the others keep softmax and a growing cache.
     layers: str | tuple[int, ...] = "all"
-    #: What single layers have otherwise, by layer: {0: {"cache_size": (256, 16, 64)}}. Any field but
+    #: What single layers have otherwise, by layer: {0: {"cache_size": (256, 16)}}. Any field but
     #: layers, per_layer and seed; see spread_hard_keys, which finds cache sizes.
     per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     #: Of everything random: permutations, signs, directions.

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import find_packed_sequence_indices
 
+from ._types import cache_sizes
 from .attention import (
     NAME,
     dijiang_mask,
@@ -23,7 +24,6 @@ from .attention import (
     softmax_attention,
 )
 from .cache import DiJiangCache
-from ._types import cache_sizes
 from .config import DiJiangConfig
 from .evaluate import summed_loss
 from .modules import CLOSED, AttentionKernel, kernels_of

@@ -32,7 +32,7 @@ def check_hard_keys(
 
 
 def by_head(x: Tensor, sizes: tuple[int, ...], empty: float = 0) -> Tensor:
-    """What a state has a slot, all slots in one dimension -> (num_seqs, kv heads, most slots, ..)."""
+    """What a state has a slot: all slots in a row -> (num_seqs, kv heads, most slots, ..)."""
     if len(sizes) == 1:
         return x
     beyond = (0, 0) * (x.dim() - 2)

@@ -78,8 +78,8 @@ def kernelized_attention(
         normalize: False drops the denominator.
         eps: added to the denominator. A row without any weight gives 0.
         return_state: return (out, state).
-        hard_keys: int32 (Hkv, rows, max(cache_size)), positions to be kept instead of those that the
-            operator would choose: see `return_hard_keys` and docs/numerics.md, "Hard keys".
+        hard_keys: int32 (Hkv, rows, max(cache_size)), positions to be kept instead of those that
+            the operator would choose: see `return_hard_keys` and docs/numerics.md, "Hard keys".
         return_hard_keys: return hard_keys too, last. Row T_b // window + 2 n + j is about block j
             of sequence n, whose first token is number T_b of all in memory; -1 is an empty slot.
 

@@ -10,7 +10,7 @@ _SLOTS = ("cache_k", "cache_v", "cache_position", "cache_decay")
 
 
 def run_by_head(attend, q, k, v, fq, fk, sizes, window, log_decay, state, hard_keys):
-    """attend(q, k, v, fq, fk, size, log_decay, state, hard_keys) of each kv head, beside each other.
+    """attend(q, k, v, fq, fk, size, log_decay, state, hard_keys) of each kv head, side by side.
 
     It returns (out, state, hard_keys); log_decay is (B, Hkv, T), as hard_keys perhaps None.
     """
