@@ -51,7 +51,7 @@ int main() {
   options.sinks = 1;
   auto [near, near_error] = attend(options);
   if (near_error > 1e-5 || error(near, whole) < 1e-3) return 4;
-  options.cache_size = 3;
+  options.cache_size = {3};
   auto [hard, hard_error] = attend(options);
   if (hard_error > 1e-5 || error(hard, near) < 1e-3) return 5;
   return 0;

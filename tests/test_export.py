@@ -19,7 +19,7 @@ CONFIGS = {
     "token decay": DiJiangConfig(window=8, sinks=2, gate=0.0, decay="token"),
     "by layer": DiJiangConfig(
         window=8, sinks=2, gate=0.0,
-        per_layer={0: {"cache_size": 5}, 1: {"feature_map": None, "window": 6}},
+        per_layer={0: {"cache_size": (5, 2)}, 1: {"feature_map": None, "window": 6}},
     ),
 }  # fmt: skip
 NEW = 40

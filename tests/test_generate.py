@@ -17,7 +17,7 @@ CONFIGS = {
     "hard keys": DiJiangConfig(window=8, sinks=2, gate=0.0, cache_size=5),
     "by layer": DiJiangConfig(
         window=8, sinks=2, gate=0.0,
-        per_layer={0: {"cache_size": 5}, 1: {"feature_map": None, "window": 6}},
+        per_layer={0: {"cache_size": (5, 2)}, 1: {"feature_map": None, "window": 6}},
     ),
     "per token": DiJiangConfig(window=8, sinks=2, gate=0.0, decay="token"),
 }  # fmt: skip

@@ -59,7 +59,7 @@ def test_new_process_same_logits(folder, tmp_path):
         DiJiangConfig(), DiJiangConfig.published(), DiJiangConfig.window_only(),
         DiJiangConfig(feature_map="wpff", random_signs=True, decay="token"),
         DiJiangConfig(feature_map="wdcf", random_signs=True, radius="chi", num_features=20),
-        DiJiangConfig(per_layer={0: {"cache_size": 16}, 1: {"feature_map": "wdcf"}}),
+        DiJiangConfig(per_layer={0: {"cache_size": (16, 4)}, 1: {"feature_map": "wdcf"}}),
     ],
     ids=["default", "published", "window", "wpff", "wdcf", "by layer"],
 )  # fmt: skip

@@ -262,6 +262,9 @@ class DiJiangConfig:
         if self.layers != "all":
             values["layers"] = list(self.layers)
         values["per_layer"] = {str(layer): own for layer, own in values["per_layer"].items()}
+        for own in (values, *values["per_layer"].values()):
+            if isinstance(own.get("cache_size"), tuple):
+                own["cache_size"] = list(own["cache_size"])
         return values
 
     @classmethod
