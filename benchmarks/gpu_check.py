@@ -1,37 +1,58 @@
 """The first thing to run on a machine with a GPU: are the CUDA operators right, and how fast?
 
-    python benchmarks/gpu_check.py                 # both; fails (exit 1) if an operator is wrong
+    python benchmarks/gpu_check.py                 # both; fails (exit 1) if a case does
     python benchmarks/gpu_check.py --no-timing     # correctness alone
+    python benchmarks/gpu_check.py --only far      # one group, in this process
 
-Correctness: every operator and its gradients against the float64 oracles of dijiang.reference, in
-float32, bfloat16 and float16. The law: at a low precision the error is at most twice that of the
-same formula in plain PyTorch at that precision; in float32 it is at most 1e-5 of the largest value
-(2e-5 for gradients).
+A group of cases is a child process, so that a fault on the device costs one case: the group goes on
+after it in a new process. Each row goes to its CSV (gpu_check.csv, gpu_check_timing.csv,
+gpu_check_far.csv) as soon as it is known, with the error's text where there is one.
+
+Correctness, in float32, bfloat16 and float16, against the float64 oracles of dijiang.reference: the
+DCT, feature maps, causal_linear_attention and kernelized_attention with their gradients in q, k and
+v; in omega, log_weight, beta and log_decay for a few problems (`trained`). Kinds exp, softmax and
+elu; windows, sinks and hard keys (their number also by head); decay; two query heads a kv head;
+headdim 64, 80 and 128; packed sequences; normalize=False; keys that grow with time, whose rows go
+exact. The law: the error is at most twice that of the same formula in plain PyTorch at that dtype,
+or the dtype's epsilon (float32: 1e-5 of the largest value, gradients 2e-5). Where plain PyTorch is
+not finite, ours has to be.
+
+Not against an oracle: one-token updates and the choice of hard keys (against one call, against the
+reference); to the bit: an update replayed from a CUDA graph, a call on another stream, outputs
+after a change of later tokens; and problems without elements. Not covered: gradients of states,
+seq_bounds, eps, the linear update, several devices.
 
 Timing: forward, forward and backward, and one decoded token, against scaled_dot_product_attention
-on the same tensors, call by call in turn, with CUDA events. Results go to gpu_check.csv.
+on the same tensors, in turn, with CUDA events. The device sleeps until all launches are queued, so
+that the times are the device's; what Python and launches cost is the host's column. One token is
+also timed as a replayed CUDA graph.
 
-Far keys alone at 16 bits have two forwards (docs/cuda.md): the fused one, and the other, which a
-second process with DIJIANG_CUDA_FUSED=0 checks and times on the same problems. Their times stand
-beside a copy that moves as many bytes as q, k, v and the output have.
+Far keys alone at 16 bits have two forwards (docs/cuda.md): the fused one, and the other, which
+groups with DIJIANG_CUDA_FUSED=0 check and time on the same problems. Their times stand beside a
+copy that moves as many bytes as q, k, v and the output have.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gc
 import itertools
-import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import dijiang
 import torch
 import torch.nn.functional as F
-from common import RESULTS, table, write
+from common import RESULTS, machine, read, table
 from dijiang import reference
 from dijiang.ops import FeatureParams
 from torch import Tensor
@@ -39,6 +60,49 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMIT_FORWARD, LIMIT_BACKWARD = 1e-5, 2e-5
 LIMIT_CHOICE = 0.02  # ties that rounding decides, and what follows from them
+HEADS, KV_HEADS = 4, 2
+# Exit statuses: all cases have run, but some failed; no later case of this process can run.
+# (Python itself ends with 1 after an exception.)
+WRONG, POISONED = 4, 3
+FAULTS = 3  # processes that a group may lose
+DEVICE = "cuda"
+
+CHECKS = "gpu_check.csv"
+TIMINGS = "gpu_check_timing.csv"
+FAR_TIMINGS = "gpu_check_far.csv"
+COLUMNS = {
+    CHECKS: (
+        *("group", "operator", "dtype", "error", "plain PyTorch", "gradients", "plain gradients"),
+        *("holds", "failure"),
+    ),
+    TIMINGS: (
+        *("group", "what", "tokens", "dijiang ms", "softmax ms", "softmax / dijiang"),
+        *("dijiang host ms", "softmax host ms", "dijiang MiB", "softmax MiB", "failure"),
+    ),
+    FAR_TIMINGS: (
+        *("group", "what", "path", "tokens", "ms", "copy ms", "ns a token and head"),
+        *("copy / forward", "failure"),
+    ),
+}
+
+
+class Case(NamedTuple):
+    """One row: what names it, and what finds the rest of its columns."""
+
+    head: dict
+    run: Callable[[], dict]
+
+
+class Problem(NamedTuple):
+    """An operator and its oracle, which take the same tensors; `inputs` makes them for a dtype."""
+
+    name: str
+    op: Callable
+    oracle: Callable
+    inputs: Callable[[torch.dtype], list[Tensor]]
+
+
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -47,26 +111,17 @@ def relative(got: Tensor, want: Tensor) -> float:
     return (difference / want.double().abs().max().clamp(min=1e-30)).item()
 
 
-def parameters(heads: int, features: int, dim: int, kind: str) -> FeatureParams:
-    beta = torch.rand(heads, device="cuda") / 2 if kind == "exp" else None
-    omega = torch.randn(heads, features, dim, device="cuda")
-    return FeatureParams(omega, torch.randn(heads, features, device="cuda") / 2, beta, kind)
-
-
 def leaves(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def errors(op: Callable, oracle: Callable, inputs: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Of the output and of each gradient: the operator's error, and plain PyTorch's at its dtype.
-
-    Both get the same inputs; `op` and `oracle` take them as arguments.
-    """
+def errors(problem: Problem, inputs: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Of the output and each gradient: the operator's error, and plain PyTorch's at its dtype."""
     wide = leaves(*(t.double() for t in inputs))
-    truth = oracle(*wide)
+    truth = problem.oracle(*wide)
     seed = torch.randn_like(truth)
     seed = seed.to(inputs[0].dtype).double()
-    truths = [truth, *torch.autograd.grad(truth, wide, seed)]
+    truths = [truth.detach(), *torch.autograd.grad(truth, wide, seed)]
 
     def measure(function):
         narrow = leaves(*inputs)
@@ -74,102 +129,263 @@ def errors(op: Callable, oracle: Callable, inputs: list[Tensor]) -> tuple[list[f
         grads = torch.autograd.grad(out, narrow, seed.to(out.dtype))
         return [relative(g, t) for g, t in zip([out, *grads], truths, strict=True)]
 
-    return measure(op), measure(oracle)
+    ours = measure(problem.op)
+    try:
+        return ours, measure(problem.oracle)
+    except RuntimeError as error:  # what it lacks at a dtype is no fault of ours
+        print(f"    plain PyTorch: {one_line(error)}", file=sys.stderr)
+        return ours, [math.nan] * len(ours)
 
 
-def near_keys(window: int, sinks: int, cache_size: int = 0) -> dict[str, int]:
+def within(ours: float, plain: float, floor: float) -> bool:
+    return math.isfinite(ours) and (not math.isfinite(plain) or ours <= max(2 * plain, floor))
+
+
+def compared(problem: Problem, dtype: torch.dtype) -> dict:
+    ours, plain = errors(problem, problem.inputs(dtype))
+    low = dtype != torch.float32
+    floors = [torch.finfo(dtype).eps if low else LIMIT_FORWARD]
+    floors += [torch.finfo(dtype).eps if low else LIMIT_BACKWARD] * (len(ours) - 1)
+    return {
+        "error": f"{ours[0]:.2e}",
+        "plain PyTorch": f"{plain[0]:.2e}",
+        # max() would pass over a NaN that does not come first.
+        "gradients": f"{torch.tensor(ours[1:]).max():.2e}",
+        "plain gradients": f"{torch.tensor(plain[1:]).max():.2e}",
+        "holds": said(all(map(within, ours, plain, floors))),
+    }
+
+
+def said(holds: bool) -> str:
+    return "yes" if holds else "NO"
+
+
+def at_most(measure: Callable[[], float], limit: float) -> dict:
+    """Of a check that has one number."""
+    error = measure()
+    return {"error": f"{error:.2e}", "holds": said(error <= limit)}
+
+
+def equal(pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> dict:
+    """Of a check to the bit."""
+    wrong = [relative(got, want) for got, want in pairs() if not torch.equal(got, want)]
+    return {"error": f"{max(wrong, default=0.0):.2e}", "holds": said(not wrong)}
+
+
+def every_dtype(name: str, run: Callable[[torch.dtype], dict]) -> Iterator[Case]:
+    for label, dtype in DTYPES.items():
+        yield Case({"operator": name, "dtype": label}, partial(run, dtype))
+
+
+def cases_of(problems: Iterator[Problem]) -> Iterator[Case]:
+    for problem in problems:
+        yield from every_dtype(problem.name, partial(compared, problem))
+
+
+# ---- problems ------------------------------------------------------------------------------------
+
+
+def parameters(heads: int, features: int, dim: int, kind: str) -> FeatureParams:
+    beta = torch.rand(heads, device=DEVICE) / 2 if kind == "exp" else None
+    omega = torch.randn(heads, features, dim, device=DEVICE)
+    return FeatureParams(omega, torch.randn(heads, features, device=DEVICE) / 2, beta, kind)
+
+
+def of_map(heads: int, features: int, dim: int, kind: str) -> FeatureParams:
+    """Features that float16 can hold."""
+    params = parameters(heads, features, dim, kind)
+    return params._replace(omega=params.omega / 2)
+
+
+def trainable(params: FeatureParams) -> list[Tensor]:
+    return [x for x in params[:3] if x is not None]
+
+
+def with_tensors(params: FeatureParams, tensors: list[Tensor]) -> FeatureParams:
+    """Those of `trainable` in the place of what params has."""
+    tensors = iter(tensors)
+    return FeatureParams(*(x if x is None else next(tensors) for x in params[:3]), params.kind)
+
+
+def near_keys(window: int, sinks: int, cache_size: int | tuple[int, ...] = 0) -> dict:
     return {"window": window, "sinks": sinks, "cache_size": cache_size}
 
 
-def described(options: dict[str, int]) -> str:
+def described(options: dict) -> str:
     hard = f", {options['cache_size']} hard keys" if options["cache_size"] else ""
     return f"window {options['window']}, sinks {options['sinks']}{hard}"
 
 
-def with_hard_keys(q: Tensor, k: Tensor, v: Tensor, options: dict[str, int]) -> dict:
+def with_hard_keys(q: Tensor, k: Tensor, v: Tensor, options: dict, cu_seqlens=None) -> dict:
     """The options, and the oracle's choice in float64: a tie must not look like an error."""
     if not options["cache_size"]:
         return options
     wide = (x.detach().double() for x in (q, k, v))
-    table = reference.choose_hard_keys(*wide, scale=q.shape[-1] ** -0.5, **options)
-    return options | {"hard_keys": table}
+    chosen = reference.choose_hard_keys(
+        *wide, scale=q.shape[-1] ** -0.5, cu_seqlens=cu_seqlens, **options
+    )
+    return options | {"hard_keys": chosen}
 
 
-def attention_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
-    """(name, op, oracle, inputs of a dtype)."""
-    batch, heads, kv_heads, tokens, dim = 2, 4, 2, 300, 64
+def random_qkv(dtype: torch.dtype, batch: int, tokens: int, dim: int) -> list[Tensor]:
+    # q as a model leaves it: heads inside.
+    q = torch.randn(batch, tokens, HEADS, dim, device=DEVICE, dtype=dtype).transpose(1, 2)
+    kv = (batch, KV_HEADS, tokens, dim)
+    return [q, *(torch.randn(kv, device=DEVICE, dtype=dtype) for _ in "kv")]
 
-    def qkv(dtype):
-        shape = (batch, tokens, heads, dim)  # as a model leaves them: heads inside
-        q = torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2)
-        k, v = (torch.randn(batch, kv_heads, tokens, dim, device="cuda", dtype=dtype) for _ in "kv")
-        return [q, k, v]
 
-    decay = -torch.rand(batch, kv_heads, tokens, device="cuda") / 10
-    for log_decay in (None, decay):
-        suffix = "" if log_decay is None else ", decay"
+def rates(batch: int, tokens: int) -> Tensor:
+    return -torch.rand(batch, KV_HEADS, tokens, device=DEVICE) / 10
 
-        def positive(dtype):
-            q, k, v = qkv(dtype)
-            return [q.abs(), k.abs(), v]
 
-        def wide_decay(x, log_decay=log_decay):
-            return None if log_decay is None else log_decay.to(x.dtype)
+def attention_problem(
+    name: str,
+    *,
+    kind: str = "exp",
+    dim: int = 64,
+    features: int = 96,
+    near: tuple = (0, 0),
+    log_decay: Tensor | None = None,
+    batch: int = 2,
+    tokens: int = 300,
+    grows: bool = False,
+    trained: bool = False,
+    **options,
+) -> Problem:
+    """kernelized_attention; grows: keys whose length does, far beyond what a chunk's maxima take;
+    trained: gradients of parameters and of log_decay too."""
+    fq, fk = parameters(HEADS, features, dim, kind), parameters(KV_HEADS, features, dim, kind)
+    if grows:
+        fq, fk = fq._replace(beta=None), fk._replace(beta=None)
+    near_options = near_keys(*near)
+    count = len(trainable(fq))
 
-        yield (
-            "causal_linear_attention" + suffix,
-            lambda q, k, v, d=log_decay: dijiang.ops.causal_linear_attention(q, k, v, log_decay=d),
-            lambda q, k, v, d=wide_decay: reference.causal_linear_attention(
-                q, k, v, log_decay=d(q)
-            ),
-            positive,
+    def inputs(dtype):
+        q, k, v = random_qkv(dtype, batch, tokens, dim)
+        if grows:
+            k = k * torch.linspace(1, 40, tokens, device=DEVICE, dtype=dtype)[:, None]
+        if not trained:
+            return [q, k, v]
+        return [
+            q,
+            k,
+            v,
+            *trainable(fq),
+            *trainable(fk),
+            *([] if log_decay is None else [log_decay]),
+        ]
+
+    def call(function, cast, q, k, v, *more):
+        maps, decay = (fq, fk), log_decay
+        if more:
+            maps = with_tensors(fq, more[:count]), with_tensors(fk, more[count : 2 * count])
+            decay = more[2 * count] if log_decay is not None else None
+        if cast and decay is not None:
+            decay = decay.to(q.dtype)
+        kept = with_hard_keys(q, k, v, near_options, options.get("cu_seqlens"))
+        return function(q, k, v, *maps, log_decay=decay, **kept, **options)
+
+    return Problem(
+        name,
+        partial(call, dijiang.ops.kernelized_attention, False),
+        partial(call, reference.kernelized_attention, True),
+        inputs,
+    )
+
+
+def linear_problem(log_decay: Tensor | None, suffix: str) -> Problem:
+    def inputs(dtype):
+        q, k, v = random_qkv(dtype, 2, 300, 64)
+        return [q.abs(), k.abs(), v]
+
+    def oracle(q, k, v):
+        decay = None if log_decay is None else log_decay.to(q.dtype)
+        return reference.causal_linear_attention(q, k, v, log_decay=decay)
+
+    op = partial(dijiang.ops.causal_linear_attention, log_decay=log_decay)
+    return Problem("causal_linear_attention" + suffix, op, oracle, inputs)
+
+
+def map_problems() -> Iterator[Problem]:
+    for n, kind in itertools.product((64, 96, 4096), (2, 3)):
+        yield Problem(
+            f"dct type {kind}, n {n}",
+            partial(dijiang.ops.dct, type=kind),
+            partial(reference.dct, type=kind),
+            lambda dtype, n=n: [torch.randn(2, 3, 50, n, device=DEVICE, dtype=dtype)],
         )
+    for kind in ("exp", "softmax", "elu"):
+        params = of_map(3, 96, 64, kind)
+
+        def inputs(dtype, params=params):
+            return [torch.randn(2, 3, 50, 64, device=DEVICE, dtype=dtype), *trainable(params)]
+
+        def call(function, x, *more, params=params):
+            return function(x, with_tensors(params, more), scale=0.125)
+
+        yield Problem(
+            f"feature_map {kind}, trained",
+            partial(call, dijiang.ops.feature_map),
+            partial(call, reference.feature_map),
+            inputs,
+        )
+
+
+def attention_problems() -> Iterator[Problem]:
+    for log_decay, suffix in ((None, ""), (rates(2, 300), ", decay")):
+        yield linear_problem(log_decay, suffix)
         for kind in ("exp", "softmax", "elu"):
-            fq = parameters(heads, 96, dim, kind)
-            fk = parameters(kv_heads, 96, dim, kind)
             for near in ((0, 0), (16, 4), (64, 4), (100, 0), (16, 4, 24), (64, 0, 70)):
-                options = near_keys(*near)
-
-                def op(q, k, v, fq=fq, fk=fk, options=options, d=log_decay):
-                    kept = with_hard_keys(q, k, v, options)
-                    return dijiang.ops.kernelized_attention(q, k, v, fq, fk, log_decay=d, **kept)
-
-                def oracle(q, k, v, fq=fq, fk=fk, options=options, d=wide_decay):
-                    kept = with_hard_keys(q, k, v, options)
-                    return reference.kernelized_attention(q, k, v, fq, fk, log_decay=d(q), **kept)
-
-                name = f"kernelized_attention {kind}, {described(options)}{suffix}"
-                yield name, op, oracle, qkv
+                name = f"kernelized_attention {kind}, {described(near_keys(*near))}{suffix}"
+                yield attention_problem(name, kind=kind, near=near, log_decay=log_decay)
 
 
-def far_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
-    """Sizes that the fused forward takes: (name, op, oracle, inputs of a dtype)."""
-    batch, heads, kv_heads, tokens = 2, 4, 2, 700
-    rates = -torch.rand(batch, kv_heads, tokens, device="cuda") / 10
-    for kind, dim, log_decay in (
-        ("exp", 64, None),
-        ("exp", 64, rates),
-        ("softmax", 64, None),
-        ("elu", 64, rates),
-        ("exp", 128, None),
+def far_problems() -> Iterator[Problem]:
+    """Sizes that the fused forward takes."""
+    decay = rates(2, 700)
+    for kind, dim, log_decay, grows in (
+        ("exp", 64, None, False),
+        ("exp", 64, decay, False),
+        ("softmax", 64, None, False),
+        ("elu", 64, decay, False),
+        ("exp", 128, None, False),
+        ("exp", 64, None, True),
+        ("exp", 64, decay, True),
     ):
-        fq, fk = parameters(heads, dim, dim, kind), parameters(kv_heads, dim, dim, kind)
+        suffix = (", decay" if log_decay is not None else "") + (", growing keys" if grows else "")
+        name = f"far keys alone, {kind}, {dim} x {dim}{suffix}, {path()}"
+        yield attention_problem(
+            name, kind=kind, dim=dim, features=dim, log_decay=log_decay, tokens=700, grows=grows
+        )
+    ends = torch.tensor([0, 1, 200, 200, 263, 700], dtype=torch.int32, device=DEVICE)
+    name = f"far keys alone, packed sequences, {path()}"
+    yield attention_problem(name, features=64, batch=1, tokens=700, cu_seqlens=ends)
 
-        def qkv(dtype, dim=dim):
-            shape = (batch, tokens, heads, dim)
-            q = torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2)
-            kv = (batch, kv_heads, tokens, dim)
-            return [q, *(torch.randn(kv, device="cuda", dtype=dtype) for _ in "kv")]
 
-        def op(q, k, v, fq=fq, fk=fk, d=log_decay):
-            return dijiang.ops.kernelized_attention(q, k, v, fq, fk, log_decay=d)
-
-        def oracle(q, k, v, fq=fq, fk=fk, d=log_decay):
-            decay = None if d is None else d.to(q.dtype)
-            return reference.kernelized_attention(q, k, v, fq, fk, log_decay=decay)
-
-        decay = "" if log_decay is None else ", decay"
-        yield f"far keys alone, {kind}, {dim} x {dim}{decay}, {path()}", op, oracle, qkv
+def more_problems() -> Iterator[Problem]:
+    """What the other groups do not vary, the most important first."""
+    decay = rates(2, 300)
+    yield attention_problem("headdim 128, window 64, sinks 4", dim=128, features=128, near=(64, 4))
+    yield attention_problem("headdim 80", dim=80)
+    yield attention_problem("headdim 80, window 16, sinks 4", dim=80, near=(16, 4))
+    yield attention_problem("growing keys", grows=True)
+    yield attention_problem("growing keys, decay", grows=True, log_decay=decay)
+    # With a window: without near keys the gradient of the queries' beta is exactly 0.
+    for kind in ("exp", "softmax"):
+        yield attention_problem(
+            f"trained, {kind}, decay", kind=kind, near=(16, 4), log_decay=decay, trained=True
+        )
+    for near in ((0, 0), (16, 4), (16, 4, 24)):
+        # The reference chooses no hard keys of an empty sequence.
+        ends = [0, 1, 120, *([] if len(near) == 3 else [120]), 163, 300]
+        ends = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+        name = f"packed sequences, {described(near_keys(*near))}"
+        yield attention_problem(name, near=near, batch=1, cu_seqlens=ends)
+    for near in ((0, 0), (16, 4)):
+        name = f"normalize=False, {described(near_keys(*near))}"
+        yield attention_problem(name, kind="softmax", near=near, normalize=False)
+    name = f"hard keys by head, {described(near_keys(16, 4, (16, 0)))}"
+    yield attention_problem(name, near=(16, 4, (16, 0)))
 
 
 def path() -> str:
@@ -177,231 +393,246 @@ def path() -> str:
     return "other forward" if os.environ.get("DIJIANG_CUDA_FUSED") == "0" else "fused forward"
 
 
-def map_cases() -> Iterator[tuple[str, Callable, Callable, Callable]]:
-    for n in (64, 96, 4096):
-        for kind in (2, 3):
+# ---- checks of another kind ----------------------------------------------------------------------
 
-            def rows(dtype, n=n):
-                return [torch.randn(2, 3, 50, n, device="cuda", dtype=dtype)]
 
-            yield (
-                f"dct type {kind}, n {n}",
-                lambda x, kind=kind: dijiang.ops.dct(x, kind),
-                lambda x, kind=kind: reference.dct(x, kind),
-                rows,
-            )
-    for kind in ("exp", "softmax", "elu"):
-        params = parameters(3, 96, 64, kind)
+class Decoder:
+    """A problem, and its tokens one by one from a position on."""
 
-        def heads(dtype):
-            return [torch.randn(2, 3, 50, 64, device="cuda", dtype=dtype)]
+    def __init__(self, dtype: torch.dtype, near: tuple, decay: bool, tokens: int = 200):
+        self.q, self.k, self.v = random_qkv(dtype, 2, tokens, 64)
+        self.maps = parameters(HEADS, 96, 64, "exp"), parameters(KV_HEADS, 96, 64, "exp")
+        self.log_decay = rates(2, tokens) if decay else None
+        self.options = near_keys(*near)
 
-        yield (
-            f"feature_map {kind}",
-            lambda x, p=params: dijiang.ops.feature_map(x, p, scale=0.125),
-            lambda x, p=params: reference.feature_map(x, p, scale=0.125),
-            heads,
+    def decay(self, begin: int, end: int) -> Tensor | None:
+        return None if self.log_decay is None else self.log_decay[:, :, begin:end]
+
+    def whole(self) -> Tensor:
+        return dijiang.ops.kernelized_attention(
+            self.q, self.k, self.v, *self.maps, log_decay=self.log_decay, **self.options
         )
 
-
-def decoding_errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Token by token against the same tokens in one call, both on the GPU."""
-    batch, heads, kv_heads, tokens, dim = 2, 4, 2, 200, 64
-    q = torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype)
-    k, v = (torch.randn(batch, kv_heads, tokens, dim, device="cuda", dtype=dtype) for _ in "kv")
-    fq, fk = parameters(heads, 96, dim, "exp"), parameters(kv_heads, 96, dim, "exp")
-    for near in ((0, 0), (16, 4), (64, 4), (16, 4, 24)):
-        options = near_keys(*near)
-        whole = dijiang.ops.kernelized_attention(q, k, v, fq, fk, **options)
-        head = [x[:, :, :130] for x in (q, k, v)]
+    def state_after(self, tokens: int):
+        head = [x[:, :, :tokens] for x in (self.q, self.k, self.v)]
         start = dijiang.ops.empty_attention_state(
-            batch, kv_heads, 96, dim, dim, dtype=dtype, device="cuda", **options
+            2, KV_HEADS, 96, 64, 64, dtype=self.q.dtype, device=DEVICE,
+            decay=self.log_decay is not None, **self.options,
+        )  # fmt: skip
+        return dijiang.ops.kernelized_attention(
+            *head, *self.maps, initial_state=start, return_state=True,
+            log_decay=self.decay(0, tokens), **self.options,
+        )[1]  # fmt: skip
+
+    def token(self, t: int) -> list[Tensor]:
+        return [x[:, :, t : t + 1] for x in (self.q, self.k, self.v)]
+
+    def update(self, q: Tensor, k: Tensor, v: Tensor, state, log_decay: Tensor | None) -> Tensor:
+        return dijiang.ops.kernelized_attention_update(
+            q, k, v, state, *self.maps, log_decay=log_decay, **self.options
         )
-        _, state = dijiang.ops.kernelized_attention(
-            *head, fq, fk, initial_state=start, return_state=True, **options
-        )
+
+
+def decoding(near: tuple, decay: bool, dtype: torch.dtype) -> dict:
+    """Token by token against the same tokens in one call, both on the GPU."""
+
+    def error():
+        decoder = Decoder(dtype, near, decay)
+        state = decoder.state_after(130)
         steps = [
-            dijiang.ops.kernelized_attention_update(
-                q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], state, fq, fk, **options
-            )
-            for t in range(130, tokens)
+            decoder.update(*decoder.token(t), state, decoder.decay(t, t + 1))
+            for t in range(130, 200)
         ]
-        error = relative(torch.cat(steps, 2), whole[:, :, 130:])
-        yield f"kernelized_attention_update, {described(options)}", error
+        return relative(torch.cat(steps, 2), decoder.whole()[:, :, 130:])
+
+    # Two roundings to the dtype apart at most.
+    return at_most(error, max(4 * torch.finfo(dtype).eps, LIMIT_FORWARD))
 
 
-def choice_errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+def replayed(near: tuple, dtype: torch.dtype) -> dict:
+    """Updates from a captured CUDA graph against eager ones."""
+
+    def pairs():
+        decoder = Decoder(dtype, near, False)
+        eager, state = decoder.state_after(130), decoder.state_after(130)
+        wanted = [decoder.update(*decoder.token(t), eager, None) for t in range(130, 200)]
+        token = [x.clone() for x in decoder.token(130)]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # nothing runs yet
+            out = decoder.update(*token, state, None)
+        for t, want in zip(range(130, 200), wanted, strict=True):
+            for to, x in zip(token, decoder.token(t), strict=True):
+                to.copy_(x)
+            graph.replay()
+            yield out.clone(), want
+
+    return equal(pairs)
+
+
+def on_other_stream(near: tuple, features: int, dtype: torch.dtype) -> dict:
+    """Inputs arrive late on a stream of their own: who looks on another one sees NaN."""
+
+    def pairs():
+        inputs = random_qkv(dtype, 2, 300, 64)
+        fq, fk = parameters(HEADS, features, 64, "exp"), parameters(KV_HEADS, features, 64, "exp")
+        call = partial(dijiang.ops.kernelized_attention, **near_keys(*near))
+        want = call(*inputs, fq, fk)
+        late = [torch.full_like(x, math.nan) for x in inputs]
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)  # some 50 ms
+            for to, x in zip(late, inputs, strict=True):
+                to.copy_(x)
+            got = call(*late, fq, fk)
+        stream.synchronize()
+        yield got, want
+
+    return equal(pairs)
+
+
+def causality(near: tuple, features: int, dtype: torch.dtype) -> dict:
+    """Later tokens change, so much that earlier rows go exact: no bit of those may."""
+
+    def pairs():
+        inputs = random_qkv(dtype, 2, 300, 64)
+        fq, fk = parameters(HEADS, features, 64, "exp"), parameters(KV_HEADS, features, 64, "exp")
+        fq, fk = fq._replace(beta=None), fk._replace(beta=None)
+        call = partial(dijiang.ops.kernelized_attention, **near_keys(*near))
+        want = call(*inputs, fq, fk)
+        for t in (1, 37, 150, 299):
+            changed = [x.clone() for x in inputs]
+            for x in changed:
+                x[:, :, t:] = 30 * torch.randn_like(x[:, :, t:])
+            yield call(*changed, fq, fk)[:, :, :t], want[:, :, :t]
+
+    return equal(pairs)
+
+
+def without_elements(dtype: torch.dtype) -> dict:
+    """Sizes of 0, whose launches CUDA would refuse."""
+
+    def pairs():
+        fq, fk = parameters(HEADS, 96, 64, "exp"), parameters(KV_HEADS, 96, 64, "exp")
+        for batch, columns in ((2, 0), (0, 64)):
+            q, k, v = random_qkv(dtype, batch, 1, 64)
+            q, k, v = leaves(q, k, v[..., :columns])
+            for near in ((0, 0), (16, 4)):
+                out = dijiang.ops.kernelized_attention(q, k, v, fq, fk, **near_keys(*near))
+                yield out, out.new_zeros(batch, HEADS, 1, columns)
+                for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+                    yield grad, torch.zeros_like(grad)
+            options = near_keys(0, 0)  # a window of values without columns is refused
+            state = dijiang.ops.empty_attention_state(
+                batch, KV_HEADS, 96, 64, columns, dtype=dtype, device=DEVICE, **options
+            )
+            with torch.no_grad():
+                out = dijiang.ops.kernelized_attention_update(q, k, v, state, fq, fk, **options)
+            yield out, torch.empty_like(out)
+
+    return equal(pairs)
+
+
+def choice(near: tuple, dtype: torch.dtype) -> dict:
     """Share of the slots, over all blocks, that hold another key than the oracle's."""
-    batch, heads, kv_heads, tokens, dim = 2, 4, 2, 300, 64
-    q = torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype)
-    k, v = (torch.randn(batch, kv_heads, tokens, dim, device="cuda", dtype=dtype) for _ in "kv")
-    for near in ((16, 4, 24), (64, 0, 70), (8, 9, 3)):
+
+    def share():
+        tokens = 300
+        q, k, v = random_qkv(dtype, 2, tokens, 64)
         options = near_keys(*near)
-        _, table = dijiang.ops.kernelized_attention(q, k, v, return_hard_keys=True, **options)
+        _, chosen = dijiang.ops.kernelized_attention(q, k, v, return_hard_keys=True, **options)
         wanted = with_hard_keys(q, k, v, options)["hard_keys"]
         rows = reference.hard_key_rows(q, options["window"])
         blocks = -(-tokens // options["window"])
         used = torch.cat([torch.arange(row, row + blocks) for row in rows[:-1]])
-        different = (table[:, used] != wanted[:, used]).float().mean()
-        yield f"hard keys chosen, {described(options)}", different.item()
+        return (chosen[:, used] != wanted[:, used]).float().mean().item()
+
+    return at_most(share, LIMIT_CHOICE)
 
 
-def check_cases(cases: Iterator[tuple[str, Callable, Callable, Callable]]) -> list[dict]:
-    rows = []
-    torch.manual_seed(0)
-    for name, op, oracle, inputs_of in cases:
-        print(f"  {name}", file=sys.stderr)
-        for label, dtype in DTYPES.items():
-            ours, plain = errors(op, oracle, inputs_of(dtype))
-            if dtype == torch.float32:
-                holds = ours[0] <= LIMIT_FORWARD and max(ours[1:]) <= LIMIT_BACKWARD
-            else:
-                holds = all(a <= 2 * b for a, b in zip(ours, plain, strict=True))
-            rows.append(
-                {
-                    "operator": name,
-                    "dtype": label,
-                    "error": f"{ours[0]:.2e}",
-                    "plain PyTorch": f"{plain[0]:.2e}",
-                    "gradients": f"{max(ours[1:]):.2e}",
-                    "plain gradients": f"{max(plain[1:]):.2e}",
-                    "holds": "yes" if holds else "NO",
-                }
-            )
-    return rows
+def causality_cases() -> Iterator[Case]:
+    for near, features in (
+        ((0, 0), 64),
+        ((0, 0), 96),
+        ((16, 4), 96),
+        ((64, 0), 96),
+        ((16, 4, 24), 96),
+    ):
+        name = f"causality, {features} features, {described(near_keys(*near))}, {path()}"
+        yield from every_dtype(name, partial(causality, near, features))
 
 
-def check() -> list[dict]:
-    """Rows of the report."""
-    rows = check_cases(itertools.chain(map_cases(), attention_cases(), far_cases()))
-    for label, dtype in DTYPES.items():
-        for name, error in decoding_errors(dtype):
-            # Two roundings to the dtype apart at most.
-            holds = error <= max(4 * torch.finfo(dtype).eps, LIMIT_FORWARD)
-            rows.append(lone_row(name, label, error, holds))
-        for name, error in choice_errors(dtype):
-            holds = error <= LIMIT_CHOICE
-            rows.append(lone_row(name, label, error, holds))
-    return rows
+def state_cases() -> Iterator[Case]:
+    """Updates, graphs, streams, hard keys, no elements."""
+    for near, decay in (
+        ((0, 0), False),
+        ((16, 4), False),
+        ((16, 4), True),
+        ((64, 4), False),
+        ((16, 4, 24), False),
+        ((16, 4, (16, 0)), False),
+    ):
+        name = f"update, {described(near_keys(*near))}{', decay' * decay}"
+        yield from every_dtype(name, partial(decoding, near, decay))
+    for near in ((16, 4), (16, 4, 24)):
+        name = f"update replayed from a graph, {described(near_keys(*near))}"
+        yield from every_dtype(name, partial(replayed, near))
+    for near, features in (((0, 0), 64), ((16, 4), 96)):
+        name = f"another stream, {features} features, {described(near_keys(*near))}"
+        yield from every_dtype(name, partial(on_other_stream, near, features))
+    for near in ((16, 4, 24), (64, 0, 70), (8, 9, 3)):
+        name = f"hard keys chosen, {described(near_keys(*near))}"
+        yield from every_dtype(name, partial(choice, near))
+    yield from every_dtype("no elements", without_elements)
 
 
-def lone_row(name: str, dtype: str, error: float, holds: bool) -> dict:
-    """A row of the report where there is no gradient and nothing to stand beside."""
-    row = {"operator": name, "dtype": dtype, "error": f"{error:.2e}"}
-    row |= dict.fromkeys(("plain PyTorch", "gradients", "plain gradients"), "")
-    return row | {"holds": "yes" if holds else "NO"}
+# ---- timing --------------------------------------------------------------------------------------
 
 
-def milliseconds(functions: dict[str, Callable], rounds: int = 20) -> dict[str, float]:
-    """Median of CUDA event times, the functions in turn."""
-    for function in functions.values():
-        for _ in range(3):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
+def host_seconds(function: Callable) -> float:
+    """What a call costs the host, which does not wait for the device."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return seconds
+
+
+def device_milliseconds(function: Callable, host: float) -> float:
+    """One call, all launches of which are queued before the device begins."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Cycles, of at most 2 GHz.
+    torch.cuda._sleep(int(2e9 * min(2 * host + 3e-4, 0.05)))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def timed(functions: dict[str, Callable], rounds: int = 20) -> dict[str, tuple[float, float] | str]:
+    """(median of the device, of the host) in ms, the functions in turn; the error of one that
+    fails."""
+    found: dict = {}
+    hosts: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+    for name, function in functions.items():
+        try:
+            for _ in range(3):
+                function()
+            hosts[name] = statistics.median(host_seconds(function) for _ in range(5))
+            times[name] = []
+        except RuntimeError as error:
+            if not usable():
+                raise
+            found[name] = one_line(error)
+            release()
     for _ in range(rounds):
-        for name, function in functions.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def time_length(tokens: int) -> list[dict]:
-    heads, kv_heads, dim, features = 32, 8, 128, 128
-    fq, fk = parameters(heads, features, dim, "exp"), parameters(kv_heads, features, dim, "exp")
-    options = near_keys(64, 4)
-    tensor = {"device": "cuda", "dtype": torch.bfloat16}
-    q = torch.randn(1, heads, tokens, dim, **tensor)
-    k, v = (torch.randn(1, kv_heads, tokens, dim, **tensor) for _ in "kv")
-    grad = torch.randn_like(q)
-    one = [x[:, :, :1] for x in (q, k, v)]
-    state = dijiang.ops.empty_attention_state(1, kv_heads, features, dim, dim, **options, **tensor)
-
-    def ours(q, k, v):
-        return dijiang.ops.kernelized_attention(q, k, v, fq, fk, **options)
-
-    def hard(q, k, v):
-        return dijiang.ops.kernelized_attention(q, k, v, fq, fk, **near_keys(64, 4, 64))
-
-    def softmax(q, k, v, causal=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-
-    def update():
-        dijiang.ops.kernelized_attention_update(*one, state, fq, fk, **options)
-
-    def train(function):
-        inputs = leaves(q, k, v)
-        torch.autograd.grad(function(*inputs), inputs, grad)
-
-    pairs = {
-        "forward": (lambda: ours(q, k, v), lambda: softmax(q, k, v)),
-        "forward and backward": (lambda: train(ours), lambda: train(softmax)),
-        "forward, 64 hard keys": (lambda: hard(q, k, v), lambda: softmax(q, k, v)),
-        "forward and backward, 64 hard keys": (lambda: train(hard), lambda: train(softmax)),
-        "one token": (update, lambda: softmax(one[0], k, v, causal=False)),
-    }
-    rows = []
-    for what, (dijiang_call, softmax_call) in pairs.items():
-        times = milliseconds({"dijiang": dijiang_call, "softmax": softmax_call})
-        rows.append(
-            {
-                "what": what,
-                "tokens": tokens,
-                "dijiang ms": f"{times['dijiang']:.3f}",
-                "softmax ms": f"{times['softmax']:.3f}",
-                "softmax / dijiang": f"{times['softmax'] / times['dijiang']:.2f}",
-                "dijiang MiB": f"{peak_memory(dijiang_call):.0f}",
-                "softmax MiB": f"{peak_memory(softmax_call):.0f}",
-            }
-        )
-    return rows
-
-
-def time_far(longest: int) -> list[dict]:
-    """The forward of far keys alone, 64 x 64, against a copy of as many bytes."""
-    rows = []
-    for (batch, heads), tokens in itertools.product(((1, 32), (16, 32)), (2048, 8192, 32768)):
-        if tokens > longest or batch * tokens > 65536:
-            continue
-        for label in ("bfloat16", "float16"):
-            tensor = {"device": "cuda", "dtype": DTYPES[label]}
-            q, k, v = (torch.randn(batch, heads, tokens, 64, **tensor) for _ in "qkv")
-            fq, fk = (parameters(heads, 64, 64, "exp") for _ in "qk")
-            pair = torch.stack((q, k))
-            target = torch.empty_like(pair)
-
-            def forward(q=q, k=k, v=v, fq=fq, fk=fk):
-                dijiang.ops.kernelized_attention(q, k, v, fq, fk)
-
-            def copy(target=target, pair=pair):
-                target.copy_(pair)
-
-            times = milliseconds({"forward": forward, "copy": copy})
-            rows.append(
-                {
-                    "what": f"far keys alone, {batch} x {heads} heads, {label}",
-                    "path": path(),
-                    "tokens": tokens,
-                    "ms": f"{times['forward']:.3f}",
-                    "copy ms": f"{times['copy']:.3f}",
-                    "ns a token and head": f"{1e6 * times['forward'] / q[..., 0].numel():.3f}",
-                    "copy / forward": f"{times['copy'] / times['forward']:.2f}",
-                }
-            )
-    return rows
-
-
-def other_forward(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """far_cases and time_far where the fused forward is switched off."""
-    command = [sys.executable, __file__, "--far-alone", "--longest", str(args.longest)]
-    if args.no_timing:
-        command.append("--no-timing")
-    environment = os.environ | {"DIJIANG_CUDA_FUSED": "0"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+        for name, values in times.items():
+            values.append(device_milliseconds(functions[name], hosts[name]))
+    return found | {n: (statistics.median(v), 1e3 * hosts[n]) for n, v in times.items()}
 
 
 def peak_memory(function: Callable) -> float:
@@ -412,8 +643,277 @@ def peak_memory(function: Callable) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def show(rows: list[dict]) -> None:
-    print(table(list(rows[0]), [list(row.values()) for row in rows]), end="\n\n")
+def beside_softmax(make: Callable[[], dict[str, Callable]], memory: bool) -> dict:
+    """Columns of "dijiang" and "softmax", and how often faster."""
+    functions = make()
+    times = timed(functions)
+    row, failures = {}, []
+    for name, function in functions.items():
+        if isinstance(times[name], str):
+            failures.append(f"{name}: {times[name]}")
+            continue
+        row[f"{name} ms"], row[f"{name} host ms"] = (f"{x:.4f}" for x in times[name])
+        if memory:
+            row[f"{name} MiB"] = f"{peak_memory(function):.0f}"
+    if not failures:
+        row["softmax / dijiang"] = f"{times['softmax'][0] / times['dijiang'][0]:.2f}"
+    return row | {"failure": "; ".join(failures)}
+
+
+def long_calls(tokens: int, cache_size: int, train: bool) -> dict[str, Callable]:
+    """A whole sequence: 32 query heads of 128, window 64, 4 sinks, 128 features."""
+    q, k, v, fq, fk = long_inputs(tokens)
+    grad = torch.randn_like(q)
+
+    def ours(q, k, v):
+        return dijiang.ops.kernelized_attention(q, k, v, fq, fk, **near_keys(64, 4, cache_size))
+
+    def softmax(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def training(function):
+        inputs = leaves(q, k, v)
+        torch.autograd.grad(function(*inputs), inputs, grad)
+
+    both = {"dijiang": ours, "softmax": softmax}
+    if train:
+        return {name: partial(training, function) for name, function in both.items()}
+    return {name: partial(function, q, k, v) for name, function in both.items()}
+
+
+def long_inputs(tokens: int) -> tuple:
+    heads, kv_heads, dim = 32, 8, 128
+    tensor = {"device": DEVICE, "dtype": torch.bfloat16}
+    q = torch.randn(1, heads, tokens, dim, **tensor)
+    k, v = (torch.randn(1, kv_heads, tokens, dim, **tensor) for _ in "kv")
+    return q, k, v, parameters(heads, 128, dim, "exp"), parameters(kv_heads, 128, dim, "exp")
+
+
+def token_calls(tokens: int, captured: bool) -> dict[str, Callable]:
+    """One token more, after `tokens` of them where that makes a difference."""
+    q, k, v, fq, fk = long_inputs(tokens)
+    one = [x[:, :, :1].contiguous() for x in (q, k, v)]
+    options = near_keys(64, 4)
+    state = dijiang.ops.empty_attention_state(
+        1, k.shape[1], 128, 128, 128, device=DEVICE, dtype=q.dtype, **options
+    )
+
+    def update():
+        dijiang.ops.kernelized_attention_update(*one, state, fq, fk, **options)
+
+    def softmax():
+        F.scaled_dot_product_attention(one[0], k, v, enable_gqa=True)
+
+    both = {"dijiang": update, "softmax": softmax}
+    return {name: capture(call) for name, call in both.items()} if captured else both
+
+
+def capture(function: Callable) -> Callable:
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def timing_cases(longest: int) -> Iterator[Case]:
+    for tokens in (n for n in (1024, 4096, 16384, 32768, 65536) if n <= longest):
+        for what, make, memory in (
+            ("forward", partial(long_calls, tokens, 0, False), True),
+            ("forward and backward", partial(long_calls, tokens, 0, True), True),
+            ("forward, 64 hard keys", partial(long_calls, tokens, 64, False), True),
+            ("forward and backward, 64 hard keys", partial(long_calls, tokens, 64, True), True),
+            ("one token", partial(token_calls, tokens, False), True),
+            ("one token, CUDA graph", partial(token_calls, tokens, True), False),
+        ):
+            yield Case({"what": what, "tokens": tokens}, partial(beside_softmax, make, memory))
+
+
+def time_far(batch: int, heads: int, tokens: int, label: str) -> dict:
+    """The forward of far keys alone, 64 x 64, against a copy of as many bytes."""
+    tensor = {"device": DEVICE, "dtype": DTYPES[label]}
+    q, k, v = (torch.randn(batch, heads, tokens, 64, **tensor) for _ in "qkv")
+    fq, fk = (parameters(heads, 64, 64, "exp") for _ in "qk")
+    pair = torch.stack((q, k))
+    target = torch.empty_like(pair)
+    calls = {
+        "forward": lambda: dijiang.ops.kernelized_attention(q, k, v, fq, fk),
+        "copy": lambda: target.copy_(pair),
+    }
+    times = timed(calls)
+    for failure in (x for x in times.values() if isinstance(x, str)):
+        return {"failure": failure}
+    forward, copy = times["forward"][0], times["copy"][0]
+    return {
+        "ms": f"{forward:.4f}",
+        "copy ms": f"{copy:.4f}",
+        "ns a token and head": f"{1e6 * forward / q[..., 0].numel():.3f}",
+        "copy / forward": f"{copy / forward:.2f}",
+    }
+
+
+def far_timing_cases(longest: int) -> Iterator[Case]:
+    for (batch, heads), tokens in itertools.product(((1, 32), (16, 32)), (2048, 8192, 32768)):
+        if tokens > longest or batch * tokens > 65536:
+            continue
+        for label in ("bfloat16", "float16"):
+            what = f"far keys alone, {batch} x {heads} heads, {label}"
+            head = {"what": what, "path": path(), "tokens": tokens}
+            yield Case(head, partial(time_far, batch, heads, tokens, label))
+
+
+# ---- groups of cases, each in processes of its own -----------------------------------------------
+
+
+class Group(NamedTuple):
+    file: str
+    cases: Callable[[argparse.Namespace], Iterator[Case]]
+    seconds: float  # of all its processes; few of them in a sound run
+    fused: bool = True
+
+
+def far_cases(_args) -> Iterator[Case]:
+    return itertools.chain(cases_of(far_problems()), causality_cases())
+
+
+GROUPS = {  # in the order of their running
+    "maps": Group(CHECKS, lambda _: cases_of(map_problems()), 60),
+    "far": Group(CHECKS, far_cases, 90),
+    "more": Group(CHECKS, lambda _: cases_of(more_problems()), 90),
+    "states": Group(CHECKS, lambda _: state_cases(), 90),
+    "attention": Group(CHECKS, lambda _: cases_of(attention_problems()), 120),
+    "far, other forward": Group(CHECKS, far_cases, 90, fused=False),
+    "timing, far": Group(FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60),
+    "timing": Group(TIMINGS, lambda args: timing_cases(args.longest), 150),
+    "timing, far, other forward": Group(
+        FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60, fused=False
+    ),
+}
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def release() -> None:
+    """What a failed case left in memory."""
+    gc.collect()
+    if usable():
+        torch.cuda.empty_cache()
+
+
+def usable() -> bool:
+    """Whether the device still answers this process: most faults are for ever."""
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device=DEVICE).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def start(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {torch.cuda.get_device_name()}, {machine()}\n")
+        csv.writer(file).writerow(COLUMNS[path.name])
+
+
+def append(path: Path, row: dict) -> None:
+    with path.open("a", newline="") as file:  # closed: what is known outlives this process
+        csv.DictWriter(file, COLUMNS[path.name], restval="").writerow(row)
+
+
+def rows_of(path: Path, group: str | None = None) -> list[dict[str, str]]:
+    return [row for row in read(path)[1] if group in (None, row["group"])]
+
+
+def failed(row: dict[str, str]) -> bool:
+    """Wrong, or without a result; that softmax attention has none is no fault of ours."""
+    if "holds" in row:
+        return row["holds"] != "yes"
+    text = row.get("failure") or ""
+    return bool(text) and not text.startswith("softmax:")
+
+
+def failure(file: str, head: dict, text: str) -> dict:
+    return head | {"failure": text} | ({"holds": "NO"} if file == CHECKS else {})
+
+
+def run_group(name: str, args: argparse.Namespace) -> int:
+    """Here. The exit status."""
+    group = GROUPS[name]
+    torch.manual_seed(0)
+    for number, case in enumerate(group.cases(args)):
+        torch.manual_seed(number)
+        if number < args.skip:
+            continue
+        head = {"group": name} | case.head
+        print("  " + ", ".join(map(str, case.head.values())), file=sys.stderr, flush=True)
+        try:
+            row = head | case.run()
+            torch.cuda.synchronize()
+        except Exception as error:
+            row = failure(group.file, head, one_line(error))
+        append(args.out / group.file, row)
+        if failed(row):
+            print(f"    FAILED {row.get('failure', '')}", file=sys.stderr, flush=True)
+        if row.get("failure"):
+            if not usable():
+                return POISONED
+            release()
+    return 0
+
+
+def run_apart(name: str, args: argparse.Namespace, end: float) -> None:
+    """In child processes: after a fault, a new one for what is left."""
+    group, path = GROUPS[name], args.out / GROUPS[name].file
+    end = min(end, time.monotonic() + group.seconds)
+    environment = os.environ | ({} if group.fused else {"DIJIANG_CUDA_FUSED": "0"})
+    for _ in range(1 + FAULTS):
+        done = len(rows_of(path, name))
+        command = [sys.executable, __file__, "--only", name, "--skip", str(done)]
+        command += ["--longest", str(args.longest), "--out", str(args.out)]
+        left = end - time.monotonic()
+        status = None
+        try:
+            if left > 5:
+                status = subprocess.run(command, env=environment, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            pass
+        if status in (0, WRONG):
+            return
+        if status == POISONED:
+            continue
+        # Killed within a case, or never begun: that case has no row of its own.
+        number = len(rows_of(path, name))
+        text = "out of time" if status is None else f"its process ended with status {status}"
+        first = COLUMNS[group.file][1]
+        append(path, failure(group.file, {"group": name, first: f"case {number}"}, text))
+        if status is None:
+            return
+    append(path, failure(group.file, {"group": name}, "given up after so many faults"))
+
+
+def show(path: Path) -> None:
+    columns, rows = COLUMNS[path.name], rows_of(path)
+    print(table(list(columns), [[row[name] for name in columns] for row in rows]), end="\n\n")
+
+
+def summary(files: list[Path]) -> int:
+    """How many cases failed, and which."""
+    rows = [row for path in files for row in rows_of(path)]
+    wrong = [row for row in rows if failed(row)]
+    for row in wrong:
+        print("FAILED " + ", ".join(value for value in row.values() if value))
+    for name in GROUPS:
+        of_group = [row for row in rows if row["group"] == name]
+        if of_group:
+            print(f"{name}: {sum(map(failed, of_group))} of {len(of_group)} failed")
+    print(f"{len(wrong)} of {len(rows)} cases FAILED" if wrong else "all operators hold")
+    return len(wrong)
 
 
 def main() -> int:
@@ -422,7 +922,9 @@ def main() -> int:
     )
     parser.add_argument("--no-timing", action="store_true", help="correctness alone")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest timing")
-    parser.add_argument("--far-alone", action="store_true", help="far keys alone, as JSON")
+    parser.add_argument("--seconds", type=float, default=450, help="for all groups together")
+    parser.add_argument("--only", choices=GROUPS, help="this group alone, in this process")
+    parser.add_argument("--skip", type=int, default=0, help="cases of --only that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu_check*.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -432,27 +934,26 @@ def main() -> int:
         )
     # What is compared against must not use tf32 behind its back.
     torch.backends.cuda.matmul.allow_tf32 = False
-    if args.far_alone:
-        found = {"checks": check_cases(far_cases())}
-        found["timings"] = [] if args.no_timing else time_far(args.longest)
-        print(json.dumps(found))
-        return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    other = other_forward(args)
-    rows = check() + other["checks"]
-    show(rows)
-    write(rows, args.out / "gpu_check.csv")
-    if not args.no_timing:
-        lengths = [n for n in (1024, 4096, 16384, 32768, 65536) if n <= args.longest]
-        timings = [row for tokens in lengths for row in time_length(tokens)]
-        show(timings)
-        write(timings, args.out / "gpu_check_timing.csv")
-        timings = time_far(args.longest) + other["timings"]
-        show(timings)
-        write(timings, args.out / "gpu_check_far.csv")
-    wrong = sum(row["holds"] != "yes" for row in rows)
-    print(f"{wrong} of {len(rows)} checks do NOT hold" if wrong else "all operators hold")
-    return 1 if wrong else 0
+    if args.only:
+        path = args.out / GROUPS[args.only].file
+        if not path.exists():
+            start(path)
+        before = len(rows_of(path))
+        status = run_group(args.only, args)
+        wrong = any(map(failed, rows_of(path)[before:]))
+        return status or (WRONG if wrong else 0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n", flush=True)
+    names = [n for n, g in GROUPS.items() if g.file == CHECKS or not args.no_timing]
+    files = list(dict.fromkeys(args.out / GROUPS[name].file for name in names))
+    for path in files:
+        start(path)
+    end = time.monotonic() + args.seconds
+    for name in names:
+        print(name, file=sys.stderr, flush=True)
+        run_apart(name, args, end)
+    for path in files:
+        show(path)
+    return 1 if summary(files) else 0
 
 
 if __name__ == "__main__":

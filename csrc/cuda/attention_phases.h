@@ -322,6 +322,11 @@ static __global__ void __launch_bounds__(kThreads) scan_states(Attention a) {
 
 // --- launching them ------------------------------------------------------------------------------
 
+// Blocks along the columns of v. One at least, as sums without values are theirs too.
+inline unsigned column_blocks(int64_t columns, int64_t each) {
+  return static_cast<unsigned>(columns > each ? ceil_div(columns, each) : 1);
+}
+
 inline cudaError_t check_attention(const LinearAttentionParams& p) {
   if (p.dtype == DType::kFloat64) return cudaErrorNotSupported;
   // Tiles of heads and of columns lie on the short axes of the grid.
@@ -401,7 +406,7 @@ void launch_states(const Attention& a, cudaStream_t stream) {
   }
   if (a.work.cache_features) launch_cache_features<T>(a, stream);
   const auto feature_tiles = static_cast<unsigned>(ceil_div(p.num_features, kRows));
-  const auto column_tiles = static_cast<unsigned>(ceil_div(p.headdim_v, kRows));
+  const unsigned column_tiles = column_blocks(p.headdim_v, kRows);
   DIJIANG_LAUNCH((local_states<T, kGiven>), dim3(chunks * feature_tiles, kv_heads, column_tiles),
                  kThreads, kLocalShared, stream, a);
   const auto element_tiles =

@@ -71,6 +71,8 @@ PlanCache& plan_cache() {
 
 template <class T, int kType>
 cudaError_t dct_by_cufft(const DctParams& params, void* workspace, cudaStream_t stream) {
+  // dct_workspace could not make the plan. One made now would write behind what was allocated.
+  if (!workspace) return cudaErrorMemoryAllocation;
   const DctRows p = dct_rows(params);
   const int64_t rows = rows_per_call(params);
   auto* bytes = static_cast<char*>(workspace);
@@ -116,14 +118,16 @@ cudaError_t run(const DctParams& params, void* workspace, cudaStream_t stream) {
 
 }  // namespace
 
+// 0 where a workspace is needed but cuFFT cannot say how large: dct refuses a null one.
 size_t dct_workspace(const DctParams& params) {
   if (params.batch * params.heads * params.seqlen == 0 || !dct_uses_cufft(params.n)) return 0;
   const int64_t rows = rows_per_call(params);
   PlanCache& cache = plan_cache();
   const std::lock_guard<std::mutex> lock(cache.mutex);
   const Plan* plan = cache.find(params.type, params.n, rows);
+  if (!plan) return 0;
   return aligned(rows * params.n * sizeof(float)) +
-         aligned(rows * (params.n / 2 + 1) * sizeof(float2)) + (plan ? plan->work_bytes : 0);
+         aligned(rows * (params.n / 2 + 1) * sizeof(float2)) + plan->work_bytes;
 }
 
 cudaError_t dct(const DctParams& params, void* workspace, cudaStream_t stream) {

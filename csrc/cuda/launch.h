@@ -17,13 +17,29 @@
 
 namespace dijiang::cuda {
 
-// Above 48 KB a kernel has to opt in to its dynamic shared memory.
+// What allow_shared met first in this thread since launch_status was asked last.
+inline cudaError_t& shared_error() {
+  static thread_local cudaError_t error = cudaSuccess;
+  return error;
+}
+
+// Above 48 KB a kernel has to opt in to its dynamic shared memory. A refusal is kept for
+// launch_status: that of the launch itself would not say why.
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t bytes) {
-  if (bytes > 48 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
-  }
+  if (bytes <= 48 * 1024) return;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess || shared_error() != cudaSuccess) return;
+  // An invalid value here is more than a block can have.
+  shared_error() = error == cudaErrorInvalidValue ? cudaErrorNotSupported : error;
+}
+
+// Of the launches of this thread since the last call; forgets their errors.
+inline cudaError_t launch_status() {
+  const cudaError_t launch = cudaGetLastError(), shared = shared_error();
+  shared_error() = cudaSuccess;
+  return shared != cudaSuccess ? shared : launch;
 }
 
 }  // namespace dijiang::cuda

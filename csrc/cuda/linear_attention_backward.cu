@@ -58,15 +58,17 @@ void launch_far(const Backward& b, cudaStream_t stream) {
   const unsigned tiles = narrow(a.max_chunks * a.row_tiles), heads = narrow(p.num_heads);
   const unsigned kv_heads = narrow(p.num_kv_heads);
   const unsigned feature_tiles = narrow(ceil_div(p.num_features, kRows));
-  const unsigned value_tiles = narrow(ceil_div(p.headdim_v, kRows));
+  const unsigned value_tiles = column_blocks(p.headdim_v, kRows);
   const unsigned element_tiles = narrow(ceil_div(p.num_features * (p.headdim_v + 1), kThreads));
   DIJIANG_LAUNCH((local_reverse_states<T, kGiven>),
                  dim3(narrow(a.max_chunks) * feature_tiles, kv_heads, value_tiles), kThreads,
                  kReverseShared, stream, b);
   DIJIANG_LAUNCH(scan_reverse_states, dim3(narrow(p.num_seqs) * element_tiles, kv_heads), kThreads,
                  0, stream, b);
-  DIJIANG_LAUNCH((grad_query_features<T, kGiven>), dim3(tiles, heads), kThreads, kFarShared, stream,
-                 b);
+  if (heads > 0) {
+    DIJIANG_LAUNCH((grad_query_features<T, kGiven>), dim3(tiles, heads), kThreads, kFarShared,
+                   stream, b);
+  }
   DIJIANG_LAUNCH((grad_key_features<T, kGiven>), dim3(tiles, kv_heads, feature_tiles), kThreads,
                  kFarShared, stream, b);
   DIJIANG_LAUNCH((grad_far_values<T, kGiven>), dim3(tiles, kv_heads, value_tiles), kThreads,
@@ -81,6 +83,7 @@ template <class T, bool kKeys>
 void launch_side(const Backward& b, const FeatureSide& side, cudaStream_t stream) {
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
+  if (side.heads == 0) return;
   const int64_t rows = p.batch * side.heads * p.seqlen;
   if (p.num_features > 0 && rows > 0) {
     DIJIANG_LAUNCH((sum_slopes<T>), dim3(narrow(ceil_div(rows, kThreads / 32))), kThreads, 0,
@@ -126,8 +129,10 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
   clear(w.near_k, key_rows * p.headdim, stream);
 
   launch_states<T, kGiven>(a, stream);
-  DIJIANG_LAUNCH((prepare_rows<T, kGiven>), dim3(tiles, narrow(p.num_heads)), kThreads, 0, stream,
-                 b);
+  if (p.num_heads > 0) {
+    DIJIANG_LAUNCH((prepare_rows<T, kGiven>), dim3(tiles, narrow(p.num_heads)), kThreads, 0, stream,
+                   b);
+  }
   if (w.near_q) {
     if (p.headdim <= 64 && p.headdim_v <= 64) {
       launch_near<T, 64>(b, stream);
@@ -155,7 +160,7 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
       clear(static_cast<float*>(b.params.grad_log_decay), key_rows, stream);
     }
   }
-  return cudaGetLastError();
+  return launch_status();
 }
 
 template <class T>
@@ -167,6 +172,7 @@ cudaError_t backward_kind(const Backward& b, cudaStream_t stream) {
 }  // namespace
 
 size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& params) {
+  if (params.forward.num_kv_heads == 0) return 0;
   Arena arena(nullptr);
   plan_backward(params, arena);
   return arena.used();
@@ -175,6 +181,7 @@ size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& 
 cudaError_t linear_attention_backward(const LinearAttentionBackwardParams& params,
                                       cudaStream_t stream) {
   if (const cudaError_t error = check_attention(params.forward); error != cudaSuccess) return error;
+  if (params.forward.num_kv_heads == 0) return cudaSuccess;  // no gradient has elements
   Arena arena(params.workspace);
   Backward b = plan_backward(params, arena);
   b.forward.params.final = AttentionState{};  // the scan must not write it

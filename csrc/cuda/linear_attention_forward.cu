@@ -496,8 +496,7 @@ template <class T, bool kGiven, int kColumns>
 void launch_rows(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
   const dim3 grid(static_cast<unsigned>(a.max_chunks * a.row_tiles),
-                  static_cast<unsigned>(p.num_heads),
-                  static_cast<unsigned>(ceil_div(p.headdim_v, kColumns)));
+                  static_cast<unsigned>(p.num_heads), column_blocks(p.headdim_v, kColumns));
   DIJIANG_LAUNCH((compute_outputs<T, kGiven, kColumns>), grid, kThreads,
                  OutputTiles<kColumns>::kFloats * sizeof(float), stream, a);
   if (a.has_inner) {
@@ -507,10 +506,16 @@ void launch_rows(const Attention& a, cudaStream_t stream) {
   }
 }
 
+void launch_lengths(const Attention& a, cudaStream_t stream) {
+  if (!a.params.final.length) return;
+  DIJIANG_LAUNCH(write_lengths, dim3(static_cast<unsigned>(ceil_div(a.params.num_seqs, 128))), 128,
+                 0, stream, a);
+}
+
+// The rows of all heads: their scales, then what they sum.
 template <class T, bool kGiven>
-cudaError_t forward(const Attention& a, cudaStream_t stream) {
+void launch_heads(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
-  launch_states<T, kGiven>(a, stream);
   const auto tiles = static_cast<unsigned>(a.max_chunks * a.row_tiles);
   const auto heads = static_cast<unsigned>(p.num_heads);
   constexpr int shared = (2 * kDepthTile + kSquareTile) * sizeof(float);
@@ -520,17 +525,21 @@ cudaError_t forward(const Attention& a, cudaStream_t stream) {
   } else {
     launch_rows<T, kGiven, 128>(a, stream);
   }
+}
+
+template <class T, bool kGiven>
+cudaError_t forward(const Attention& a, cudaStream_t stream) {
+  const LinearAttentionParams& p = a.params;
+  launch_states<T, kGiven>(a, stream);
+  if (p.num_heads > 0) launch_heads<T, kGiven>(a, stream);
   const bool wants_buffers = p.final.window_k || p.final.sink_k;
   if (wants_buffers && 2 * p.window + p.sinks > 0) {
     const auto rows = static_cast<unsigned>(p.num_seqs * (2 * p.window + p.sinks));
     DIJIANG_LAUNCH((write_buffers<T>), dim3(rows, static_cast<unsigned>(p.num_kv_heads)), kThreads,
                    0, stream, a);
   }
-  if (p.final.length) {
-    DIJIANG_LAUNCH(write_lengths, dim3(static_cast<unsigned>(ceil_div(p.num_seqs, 128))), 128, 0,
-                   stream, a);
-  }
-  return cudaGetLastError();
+  launch_lengths(a, stream);
+  return launch_status();
 }
 
 template <class T>
@@ -539,10 +548,25 @@ cudaError_t forward_kind(const Attention& a, cudaStream_t stream) {
                                               : forward<T, false>(a, stream);
 }
 
+// Not without elements: its grid would be empty.
+bool takes_fused(const LinearAttentionParams& p) {
+  return p.num_heads > 0 && p.headdim_v > 0 && fused_forward_applies(p);
+}
+
+// All results but the lengths are empty.
+cudaError_t forward_without_heads(const LinearAttentionParams& p, cudaStream_t stream) {
+  Attention a{};
+  a.params = p;
+  if (!p.segments) a.params.num_seqs = p.batch;
+  if (a.params.num_seqs > 0) launch_lengths(a, stream);
+  return launch_status();
+}
+
 }  // namespace
 
 size_t linear_attention_forward_workspace(const LinearAttentionParams& params) {
-  if (fused_forward_applies(params)) return fused_forward_workspace(params);
+  if (params.num_kv_heads == 0) return 0;
+  if (takes_fused(params)) return fused_forward_workspace(params);
   Arena arena(nullptr);
   plan_attention(params, arena);
   return arena.used();
@@ -551,7 +575,12 @@ size_t linear_attention_forward_workspace(const LinearAttentionParams& params) {
 cudaError_t linear_attention_forward(const LinearAttentionParams& params, void* workspace,
                                      cudaStream_t stream) {
   if (const cudaError_t error = check_attention(params); error != cudaSuccess) return error;
-  if (fused_forward_applies(params)) return fused_forward(params, workspace, stream);
+  if (params.num_kv_heads == 0) return forward_without_heads(params, stream);
+  if (takes_fused(params)) {
+    const cudaError_t error = fused_forward(params, workspace, stream);
+    const cudaError_t shared = launch_status();
+    return shared != cudaSuccess ? shared : error;
+  }
   Arena arena(workspace);
   const Attention a = plan_attention(params, arena);
   if (a.params.num_seqs == 0) return cudaSuccess;

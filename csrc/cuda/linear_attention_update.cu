@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     const RowEnd end = finish_row(p, den, top);
     T* out = static_cast<T*>(p.out) + (seq * p.num_heads + query_head) * dv;
     // Few columns: several threads share one.
-    const int columns = dv < kThreads ? static_cast<int>(dv) : kThreads;
+    const int columns = dv == 0 ? 1 : dv < kThreads ? static_cast<int>(dv) : kThreads;
     const int parts = kThreads / columns, part = tid / columns;
     for (int64_t j0 = 0; j0 < dv; j0 += columns) {
       const int64_t j = j0 + tid % columns;
@@ -401,16 +401,18 @@ __global__ void advance_lengths(int64_t* length, int64_t count) {
 
 template <class T, bool kGiven>
 cudaError_t launch_update(const LinearAttentionParams& p, cudaStream_t stream) {
-  const size_t shared = UpdateTiles::floats(p) * sizeof(float);
-  allow_shared(update_attention<T, kGiven>, shared);
-  DIJIANG_LAUNCH((update_attention<T, kGiven>),
-                 dim3(static_cast<unsigned>(p.batch * p.num_kv_heads)), kThreads, shared, stream,
-                 p);
+  if (p.num_kv_heads > 0) {
+    const size_t shared = UpdateTiles::floats(p) * sizeof(float);
+    allow_shared(update_attention<T, kGiven>, shared);
+    DIJIANG_LAUNCH((update_attention<T, kGiven>),
+                   dim3(static_cast<unsigned>(p.batch * p.num_kv_heads)), kThreads, shared, stream,
+                   p);
+  }
   if (p.final.length) {
     DIJIANG_LAUNCH(advance_lengths, dim3(static_cast<unsigned>((p.batch + 127) / 128)), 128, 0,
                    stream, p.final.length, p.batch);
   }
-  return cudaGetLastError();
+  return launch_status();
 }
 
 template <class T>

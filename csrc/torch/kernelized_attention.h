@@ -27,21 +27,19 @@ inline AttentionArgs kernelized_args(const Tensor& q, const Tensor& k, const Ten
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-kernelized_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                         const OptionalTensor& q_omega, const OptionalTensor& q_log_weight,
-                         const OptionalTensor& q_beta, const OptionalTensor& k_omega,
-                         const OptionalTensor& k_log_weight, const OptionalTensor& k_beta,
-                         const OptionalTensor& log_decay, const OptionalTensor& segments,
-                         const OptionalTensor& kv, const OptionalTensor& z,
-                         const OptionalTensor& log_scale, const OptionalTensor& window_k,
-                         const OptionalTensor& window_v, const OptionalTensor& window_decay,
-                         const OptionalTensor& sink_k, const OptionalTensor& sink_v,
-                         const OptionalTensor& length, const OptionalTensor& cache_k,
-                         const OptionalTensor& cache_v, const OptionalTensor& cache_position,
-                         const OptionalTensor& cache_decay, const OptionalTensor& cache_votes,
-                         const OptionalTensor& cache_sums, const OptionalTensor& hard_keys,
-                         int64_t kind, double scale, int64_t window, int64_t sinks,
-                         std::vector<int64_t> cache_size, bool normalize, double eps, bool return_state) {
+kernelized_attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_omega,
+    const OptionalTensor& q_log_weight, const OptionalTensor& q_beta, const OptionalTensor& k_omega,
+    const OptionalTensor& k_log_weight, const OptionalTensor& k_beta,
+    const OptionalTensor& log_decay, const OptionalTensor& segments, const OptionalTensor& kv,
+    const OptionalTensor& z, const OptionalTensor& log_scale, const OptionalTensor& window_k,
+    const OptionalTensor& window_v, const OptionalTensor& window_decay,
+    const OptionalTensor& sink_k, const OptionalTensor& sink_v, const OptionalTensor& length,
+    const OptionalTensor& cache_k, const OptionalTensor& cache_v,
+    const OptionalTensor& cache_position, const OptionalTensor& cache_decay,
+    const OptionalTensor& cache_votes, const OptionalTensor& cache_sums,
+    const OptionalTensor& hard_keys, int64_t kind, double scale, int64_t window, int64_t sinks,
+    std::vector<int64_t> cache_size, bool normalize, double eps, bool return_state) {
   const AttentionArgs a = kernelized_args(
       q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta}, log_decay,
       segments, kind, scale, window, sinks, std::move(cache_size), hard_keys, normalize, eps);
@@ -76,8 +74,8 @@ kernelized_attention_bwd(const Tensor& grad_out, const Tensor& q, const Tensor& 
                          const OptionalTensor& grad_final_kv, const OptionalTensor& grad_final_z,
                          const OptionalTensor& final_kv, const OptionalTensor& final_z,
                          const OptionalTensor& final_log_scale, int64_t kind, double scale,
-                         int64_t window, int64_t sinks, std::vector<int64_t> cache_size, bool normalize,
-                         double eps, bool grad_params, bool grad_initial) {
+                         int64_t window, int64_t sinks, std::vector<int64_t> cache_size,
+                         bool normalize, double eps, bool grad_params, bool grad_initial) {
   const AttentionArgs a = kernelized_args(
       q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta}, log_decay,
       segments, kind, scale, window, sinks, std::move(cache_size), hard_keys, normalize, eps);
@@ -114,9 +112,10 @@ Tensor kernelized_attention_update(
     const OptionalTensor& cache_position, const OptionalTensor& cache_decay,
     const OptionalTensor& cache_votes, const OptionalTensor& cache_sums, int64_t kind, double scale,
     int64_t window, int64_t sinks, std::vector<int64_t> cache_size, bool normalize, double eps) {
-  const AttentionArgs a = kernelized_args(
-      q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta}, log_decay,
-      std::nullopt, kind, scale, window, sinks, std::move(cache_size), std::nullopt, normalize, eps);
+  const AttentionArgs a =
+      kernelized_args(q, k, v, {q_omega, q_log_weight, q_beta}, {k_omega, k_log_weight, k_beta},
+                      log_decay, std::nullopt, kind, scale, window, sinks, std::move(cache_size),
+                      std::nullopt, normalize, eps);
   return attention_update<Backend>(
       a, {kv, z, log_scale, window_k, window_v, window_decay, sink_k, sink_v, length, cache_k,
           cache_v, cache_position, cache_decay, cache_votes, cache_sums});

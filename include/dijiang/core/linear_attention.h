@@ -44,8 +44,8 @@ struct FeatureGrads {
 constexpr int64_t kNovelSlots = 2;
 constexpr double kCarriedVotes = 0.5;
 
-// How many hard keys each kv head keeps: all as many, or each its own number. A state holds those of
-// a sequence head behind head.
+// How many hard keys each kv head keeps: all as many, or each its own number. A state holds those
+// of a sequence head behind head.
 struct CacheSizes {
   static constexpr int64_t kMostHeads = 128;  // with a number of their own
 

@@ -50,8 +50,9 @@ def choose_hard_keys(
                 sinks,
                 sizes[head],
             )
-            slots = [kept + [-1] * (max(sizes) - len(kept)) for kept in slots]
-            table[head, row : row + len(slots)] = torch.tensor(slots, dtype=torch.int32)
+            for i, kept in enumerate(slots):
+                filled = kept + [-1] * (max(sizes) - len(kept))
+                table[head, row + i] = torch.tensor(filled, dtype=torch.int32)
     return table
 
 

@@ -2,6 +2,8 @@
 // as on the hardware. Operands are narrowed as the matrix units narrow them; sums are float.
 #pragma once
 
+#include <cmath>
+
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "emulator.h"
@@ -53,6 +55,7 @@ inline int lane() { return cuda_emulator::block().current->lane; }
 }  // namespace detail
 
 inline float __float_to_tf32(float x) {
+  if (std::isnan(x)) return x;  // rounding would carry out of poison, and leave 0
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits = (bits + 0x1000u) & 0xFFFFE000u;  // to nearest, halves away from zero
