@@ -307,7 +307,7 @@ def draw(rows: Mapping[str, dict], path: Path) -> None:
     plots.lines(
         {name: sorted(points) for name, points in series.items()}, path, logy=False,
         title=f"Untrained, {best['length']} tokens",
-        xlabel="hard keys a key/value head, the mean over the layers",
+        xlabel="hard keys a key/value head, the mean over the heads",
         ylabel="% of the perplexity from window to teacher closed",
     )  # fmt: skip
 
