@@ -77,7 +77,7 @@ struct FeatureRows {
   float square_scale;  // scale log2 e, for beta |x|^2
   FeatureKind kind;
   float* out;         // (batch, heads, seqlen, features)
-  int64_t out_batch;  // rows between its batches
+  int64_t out_batch;  // rows from batch to batch of it; 0: as many as there are
 };
 
 constexpr int kFeatureShared = (2 * kDepthTile + kSquareTile + kRows) * sizeof(float);
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) compute_features(FeatureRows f) {
   const int64_t first = blockIdx.x % tiles * kRows;
   const int64_t head = blockIdx.x / tiles % f.heads, batch = blockIdx.x / tiles / f.heads;
   const int rows = static_cast<int>(f.seqlen - first < kRows ? f.seqlen - first : kRows);
-  float* out = f.out + (batch * f.out_batch + head * f.seqlen + first) * f.features;
+  const int64_t out_batch = f.out_batch > 0 ? f.out_batch : f.heads * f.seqlen;
+  float* out = f.out + (batch * out_batch + head * f.seqlen + first) * f.features;
   const int tid = threadIdx.x;
 
   if (f.kind == FeatureKind::kGiven) {
@@ -348,7 +349,6 @@ inline FeatureRows feature_rows(const LinearAttentionParams& p, const ConstView&
   f.square_scale = static_cast<float>(p.scale * 1.4426950408889634);
   f.kind = p.kind;
   f.out = out;
-  f.out_batch = heads * p.seqlen;
   return f;
 }
 
@@ -401,7 +401,6 @@ void launch_states(const Attention& a, cudaStream_t stream) {
     FeatureRows f = feature_rows(p, window, p.fk, p.num_kv_heads, a.work.window_features);
     f.batch = p.num_seqs;
     f.seqlen = slots;
-    f.out_batch = p.num_kv_heads * slots;
     launch_features<T>(f, stream);
   }
   if (a.work.cache_features) launch_cache_features<T>(a, stream);
