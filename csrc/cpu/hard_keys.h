@@ -27,7 +27,7 @@ class HardKeys {
       : p_(params),
         dp_(dp),
         vp_(vp),
-        choosing_(p_.cache.most > 0 && (p_.given == nullptr || p_.final.votes != nullptr)) {
+        voting_(p_.cache.most > 0 && (p_.given == nullptr || p_.final.votes != nullptr)) {
     const int64_t most = p_.cache.most, candidates = most + p_.window;
     if (most == 0) return;
     left_keys = scratch.take<Acc>(p_.window * dp);
@@ -45,7 +45,7 @@ class HardKeys {
     kept_ = scratch.take<bool>(candidates);
   }
 
-  bool voting() const { return choosing_; }
+  bool voting() const { return voting_; }
 
   void begin(const AttentionState& initial, const Sequence& tokens, int64_t head,
              int64_t position) {
@@ -103,7 +103,7 @@ class HardKeys {
 
   // New tokens.
   void see(const Acc* new_keys, const Acc* new_values, int64_t rows) {
-    if (!choosing_) return;
+    if (!voting_) return;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < p_.headdim; ++j) key_sum_[j] += new_keys[r * dp_ + j];
       for (int64_t j = 0; j < p_.headdim_v; ++j) value_sum_[j] += new_values[r * vp_ + j];
@@ -235,7 +235,7 @@ class HardKeys {
 
   const LinearAttentionParams& p_;
   const int64_t dp_, vp_;
-  const bool choosing_;
+  const bool voting_;
   int64_t head_ = 0, size_ = 0;  // the head's slots
   int64_t first_row_ = 0, first_block_ = 0;
   int64_t* position_ = nullptr;  // of the keys in the slots

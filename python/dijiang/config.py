@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ._types import cache_sizes
+
 FEATURE_MAPS = (
     "prf", "pff", "wpff", "wdcf", "wdcf_pm", "learned", "learned_pm", "learned_softmax", "softmax",
     "elu",
@@ -297,7 +299,8 @@ def _checked_sizes(sizes) -> int | tuple[int, ...]:
         )
     for size in sizes:
         _check_int("cache_size", size, 0)
-    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+    sizes = cache_sizes(sizes)
+    return sizes[0] if len(sizes) == 1 else sizes
 
 
 def _listed(names) -> str:

@@ -75,8 +75,8 @@ def convert(
     config = DiJiangConfig() if config is None else config
     if not isinstance(config, DiJiangConfig):
         raise TypeError(f"convert: config must be a DiJiangConfig, got {type(config).__name__}")
-    own = [config.cache_size, *(own.get("cache_size") for own in config.per_layer.values())]
-    sized = not isinstance(own[0], int) or any(size is not None for size in own[1:])
+    sized = any("cache_size" in own for own in config.per_layer.values())
+    sized = sized or not isinstance(config.cache_size, int)
     if calibration is not None and spread and config.cache_size and not sized:
         from .allocation import spread_hard_keys  # here: it converts by this very function
 

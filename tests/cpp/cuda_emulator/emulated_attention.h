@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -46,6 +47,19 @@ std::vector<double> widen(const std::vector<T>& x) {
   return y;
 }
 inline std::vector<double> widen(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+
+// The largest difference, against the largest value or the size of what was summed.
+inline double error(const std::vector<double>& got, const std::vector<double>& want,
+                    double size = 0.0) {
+  double most = 0.0;
+  size = std::fmax(size, 1e-30);
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (!(std::fabs(got[i]) <= 1e300)) return INFINITY;
+    most = std::fmax(most, std::fabs(got[i] - want[i]));
+    size = std::fmax(size, std::fabs(want[i]));
+  }
+  return most / size;
+}
 
 // (batch, heads, seqlen, dim), laid out as the model would leave it rather than densely.
 template <class T>

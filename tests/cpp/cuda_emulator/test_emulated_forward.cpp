@@ -13,19 +13,9 @@ namespace {
 
 using dijiang::FeatureKind;
 using emulated::Call;
+using emulated::error;
 using emulated::State;
 using oracle::Problem;
-
-// The largest difference, against the largest value.
-double error(const std::vector<double>& got, const std::vector<double>& want) {
-  double most = 0.0, size = 1e-30;
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (!(std::fabs(got[i]) <= 1e300)) return INFINITY;
-    most = std::fmax(most, std::fabs(got[i] - want[i]));
-    size = std::fmax(size, std::fabs(want[i]));
-  }
-  return most / size;
-}
 
 template <class T>
 double tolerance() {

@@ -13,6 +13,7 @@ namespace {
 
 using dijiang::FeatureKind;
 using emulated::Call;
+using emulated::error;
 using emulated::State;
 using oracle::Problem;
 
@@ -182,17 +183,6 @@ TEST(EmulatedMma, PowersShiftExactly) {
 }
 
 // --- attention -----------------------------------------------------------------------------------
-
-// The largest difference, against the largest value.
-double error(const std::vector<double>& got, const std::vector<double>& want) {
-  double most = 0.0, size = 1e-30;
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (!(std::fabs(got[i]) <= 1e300)) return INFINITY;
-    most = std::fmax(most, std::fabs(got[i] - want[i]));
-    size = std::fmax(size, std::fabs(want[i]));
-  }
-  return most / size;
-}
 
 // The roundings of features, weights and output: plain PyTorch at the dtype is 7e-3 to 3e-2 off for
 // bfloat16, and 1.4e-3 to 6e-3 for float16 (docs/cuda.md).
