@@ -51,13 +51,15 @@ class Sizes:
     train: Mapping[str, int] = field(default_factory=dict)  # in the place of the recipe's
 
 
-FULL = Sizes({1024: 8, 2048: 4, 8192: 2}, 1024, (400, 1500, 3000), 16)
+FULL = Sizes({1024: 8, 2048: 4, 8192: 2}, 1024, (400, 1500, 3000), 32)
 QUICK = Sizes({64: 2, 128: 1}, 64, (40, 80), 1, {"tokens": 512, "length": 512})
 CALIBRATION = {"length": 4096, "rows": 1}
 # Attention's own weights learn by KL to the teacher.
 TRAINED = {"tokens": 32768, "length": 2048}
 TEXT = TRAINED | {"lm_weight": 1.0, "kl_weight": 0.0}  # by the next token, not by the teacher
 LONG = {"tokens": 299008, "length": 2048}  # as many as 30 minutes are meant to be enough for
+# Many hard keys lose nothing in rows of 2048, so there is nothing to learn in them.
+LONG_ROWS = {"tokens": 131072, "length": 4096}
 # Features and gates learn to give softmax attention's outputs.
 TRANSFER = {"tokens": 65536, "transfer_tokens": 65536, "length": 2048}
 # On rows as long as the longest context measured; few of them, so at a higher rate.
@@ -114,6 +116,9 @@ RECIPES: dict[str, Recipe] = {
     # As many as fit into 128 kB a head, with all that a state holds beside them.
     "hard 336, spread": Recipe(exact(cache_size=336), spread="head", note="336 in the mean"),
     "hard 336, spread, trained": Recipe(exact(cache_size=336), spread="head", train=TRAINED),
+    "hard 336, spread, trained long": Recipe(
+        exact(cache_size=336), spread="head", train=LONG_ROWS, note="on rows of 4096"
+    ),
 }
 
 
@@ -128,8 +133,10 @@ def results(out: Path = RESULTS) -> dict[str, dict]:
 
 
 class Bench:
-    def __init__(self, model: str | None, text: str | None, sizes: Sizes) -> None:
-        self.sizes = sizes
+    def __init__(
+        self, model: str | None, text: str | None, sizes: Sizes, save: Path | None = None
+    ) -> None:
+        self.sizes, self.save = sizes, save
         self.base, self.tokenizer = load_base(model)
         corpus = data.load_text(text)
         self.text = corpus.name
@@ -167,6 +174,8 @@ class Bench:
             training["seconds"] = round(time.monotonic() - begin, 1)
             if recipe.softmax:
                 model, config = restore(model), None
+            if self.save:
+                model.save_pretrained(self.save / path_of(name).stem)
         return {
             "name": name,
             "note": recipe.note,
@@ -339,6 +348,7 @@ def main() -> None:
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
     parser.add_argument("--model", help="folder, hub id or GGUF file; none: load_base's default")
     parser.add_argument("--data", default=PROSE, help="text file or folder")
+    parser.add_argument("--save", type=Path, help="a folder that each converted model goes to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     unknown = set(options.run) - set(RECIPES) - {"all"}
@@ -348,7 +358,7 @@ def main() -> None:
     if "all" in options.run:
         names = [name for name in RECIPES if not path_of(name, options.out).exists()]
     sizes = QUICK if options.quick else FULL
-    bench = Bench(options.model, options.data, sizes) if names else None
+    bench = Bench(options.model, options.data, sizes, options.save) if names else None
     for name in names:
         row = bench.run(name)
         path = path_of(name, options.out)
