@@ -4,6 +4,9 @@
     python benchmarks/quality.py --run window "hard 64"    # measure some; about three minutes each
     python benchmarks/quality.py --run all                 # those that have no result yet
 
+A recipe that has a result is measured again only in what that lacks, as long as its model is the
+same: an untrained one, or one kept by --save.
+
 A recipe is a config and what distill is told. Each leaves a JSON in benchmarks/results/quality/
 with its tokens, seconds and seed; readme_table.py makes the tables of them. The model is
 dijiang.load_base's (SmolLM2-135M), the text English prose: Debian's package `anarchism`, every
@@ -31,6 +34,7 @@ from dijiang import (
     data,
     distill,
     evaluate,
+    from_pretrained,
     load_base,
     restore,
     spread_hard_keys,
@@ -122,6 +126,10 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+#: What is asked, as the table calls it.
+KINDS = {"pass_key": "pass key", "associative": "associative", "keys": "keys of four"}
+
+
 def path_of(name: str, out: Path = RESULTS) -> Path:
     return out / "quality" / f"{name.replace(', ', '_').replace(' ', '-')}.json"
 
@@ -143,82 +151,103 @@ class Bench:
         self.train = data.tokenize(corpus.train, self.tokenizer)
         self.held_out = data.tokenize(corpus.held_out, self.tokenizer)
 
-    def run(self, name: str) -> dict:
+    def run(self, name: str, before: dict | None = None) -> dict:
+        """before: the recipe's last result. What it has measured of the very same model is kept."""
         recipe = RECIPES[name]
-        model, training = self.base, {}
-        config = recipe.config
-        if config is not None:
-            begin = time.monotonic()
-            rows = CALIBRATION | self.sizes.train
-            if recipe.own_text:
-                rows = data.written_by(self.base, 2, rows["length"] // 2)
-            else:
-                rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
-            if recipe.spread:
-                config = spread_hard_keys(self.base, rows, config, by=recipe.spread)
-                training["calibration"] = rows.numel()
-            model = convert(copy.deepcopy(self.base), config)
-            if recipe.heavy_hitters:
-                keep_heavy_hitters(model)
-            if recipe.calibrate:
-                calibrate(model, rows)
-                training["calibration"] = rows.numel()
-            if recipe.train:
-                wanted = {**recipe.train, **self.sizes.train}
-                if "transfer_tokens" in wanted:
-                    wanted["transfer_tokens"] = wanted["tokens"]
-                rows = data.cut(self.train, wanted.pop("length"))
-                done = distill(model, rows, teacher=self.base, **wanted)
-                training |= {"tokens": wanted["tokens"], "start": done.start}
-                training["losses"] = [round(row["loss"], 5) for row in done.history]
-            training["seconds"] = round(time.monotonic() - begin, 1)
-            if recipe.softmax:
-                model, config = restore(model), None
-            if self.save:
-                model.save_pretrained(self.save / path_of(name).stem)
+        saved = self.save / path_of(name).stem if self.save else None
+        if before and saved and saved.is_dir():
+            model = from_pretrained(saved)
+            return before | {"measured": self.measure(model, before["measured"])}
+        model, config, training = self.make(recipe)
+        if saved:
+            model.save_pretrained(saved)
+        settings = None if config is None else config.to_dict()
+        same = before and not recipe.train and before["config"] == settings
         return {
             "name": name,
             "note": recipe.note,
             "text": self.text,
-            "config": None if config is None else config.to_dict(),
+            "config": settings,
             "train": dict(recipe.train),
             "training": training,
             "state_bytes": state_bytes(self.base, config),
-            "measured": self.measure(model),
+            "measured": self.measure(model, before["measured"] if same else {}),
             "machine": machine(),
         }
 
-    def measure(self, model) -> dict:
+    def make(self, recipe: Recipe) -> tuple[Any, DiJiangConfig | None, dict]:
+        """The recipe's model, what it was converted to, and what that took."""
+        model, training, config = self.base, {}, recipe.config
+        if config is None:
+            return model, config, training
+        begin = time.monotonic()
+        rows = CALIBRATION | self.sizes.train
+        if recipe.own_text:
+            rows = data.written_by(self.base, 2, rows["length"] // 2)
+        else:
+            rows = data.cut(self.train, rows["length"], blocks=rows["rows"])
+        if recipe.spread:
+            config = spread_hard_keys(self.base, rows, config, by=recipe.spread)
+            training["calibration"] = rows.numel()
+        model = convert(copy.deepcopy(self.base), config)
+        if recipe.heavy_hitters:
+            keep_heavy_hitters(model)
+        if recipe.calibrate:
+            calibrate(model, rows)
+            training["calibration"] = rows.numel()
+        if recipe.train:
+            wanted = {**recipe.train, **self.sizes.train}
+            if "transfer_tokens" in wanted:
+                wanted["transfer_tokens"] = wanted["tokens"]
+            rows = data.cut(self.train, wanted.pop("length"))
+            done = distill(model, rows, teacher=self.base, **wanted)
+            training |= {"tokens": wanted["tokens"], "start": done.start}
+            training["losses"] = [round(row["loss"], 5) for row in done.history]
+        training["seconds"] = round(time.monotonic() - begin, 1)
+        if recipe.softmax:
+            model, config = restore(model), None
+        return model, config, training
+
+    def measure(self, model, kept: Mapping[str, Any]) -> dict:
+        """kept: what needs no measuring, unless with more questions."""
         begin = time.monotonic()
         model.eval()
-        prose, tokenizer = self.held_out, self.tokenizer
-        sizes = self.sizes
-        windows = {n: data.cut(prose, n, blocks=blocks) for n, blocks in sizes.windows.items()}
-        near = evaluate.agreement(model, self.base, windows[sizes.compared])
-        perplexities = [
-            near.student if n == sizes.compared else evaluate.perplexity(model, rows)
-            for n, rows in windows.items()
-        ]
+        sizes, made = self.sizes, {}
+        if "perplexity" not in kept:
+            prose = self.held_out
+            windows = {n: data.cut(prose, n, blocks=blocks) for n, blocks in sizes.windows.items()}
+            near = evaluate.agreement(model, self.base, windows[sizes.compared])
+            perplexities = [
+                near.student if n == sizes.compared else evaluate.perplexity(model, rows)
+                for n, rows in windows.items()
+            ]
+            made = {
+                "perplexity": [dataclasses.asdict(one) for one in perplexities],
+                "kl": near.kl,
+                "kl_standard_error": near.kl_standard_error,
+                "top1": near.top1,
+            }
+        for kind, (ask, distances, options) in self.questions().items():
+            if kind in kept and kept[kind][0]["trials"] >= sizes.trials:
+                continue
+            made[kind] = [
+                dataclasses.asdict(
+                    ask(model, self.tokenizer, self.held_out, distance, trials=sizes.trials,
+                        **options)
+                )
+                for distance in distances
+            ]  # fmt: skip
+        seconds = round(kept.get("seconds", 0.0) + time.monotonic() - begin, 1)
+        return dict(kept) | made | {"seconds": seconds}
+
+    def questions(self) -> dict[str, tuple]:
+        """By the name in a result: the task, at what distances, and its options."""
+        near = self.sizes.distances
         return {
-            "perplexity": [dataclasses.asdict(one) for one in perplexities],
-            "kl": near.kl,
-            "kl_standard_error": near.kl_standard_error,
-            "top1": near.top1,
-            "pass_key": [
-                dataclasses.asdict(
-                    evaluate.pass_key_recall(model, tokenizer, prose, distance, trials=sizes.trials)
-                )
-                for distance in sizes.distances
-            ],
-            "associative": [
-                dataclasses.asdict(
-                    evaluate.associative_recall(
-                        model, tokenizer, prose, distance, trials=sizes.trials
-                    )
-                )
-                for distance in sizes.distances[:2]
-            ],
-            "seconds": round(time.monotonic() - begin, 1),
+            "pass_key": (evaluate.pass_key_recall, near, {}),
+            "associative": (evaluate.associative_recall, near[:2], {}),
+            # Of four, as this small model can tell those apart.
+            "keys": (evaluate.associative_recall, near, {"pairs": 4, "answers": "keys"}),
         }
 
 
@@ -270,14 +299,22 @@ def language(rows: Mapping[str, dict]) -> str:
 
 def recall(rows: Mapping[str, dict]) -> str:
     """Answer tokens that are right, and their loss, behind so many tokens."""
-    header = ["recipe", "questions"]
-    for kind, name in (("pass_key", "pass key"), ("associative", "associative")):
-        header += [f"{name} {one['distance']}" for one in _first(rows).get(kind, ())]
+    header, columns = ["recipe", "questions"], []
+    for kind, name in KINDS.items():
+        asked = next(
+            (row["measured"][kind] for row in rows.values() if kind in row["measured"]), ()
+        )
+        header += [f"{name} {one['distance']}" for one in asked]
+        columns += [(kind, place) for place in range(len(asked))]
     lines = []
     for name, row in rows.items():
-        asked = row["measured"]["pass_key"] + row["measured"]["associative"]
-        cells = [f"{100 * one['accuracy']:.0f} % ({one['loss']:.2f})" for one in asked]
-        lines.append([name, asked[0]["trials"], *cells])
+        measured = row["measured"]
+        cells = ["-"] * len(columns)
+        for at, (kind, place) in enumerate(columns):
+            if kind in measured:
+                one = measured[kind][place]
+                cells[at] = f"{100 * one['accuracy']:.0f} % ({one['loss']:.2f})"
+        lines.append([name, measured["pass_key"][0]["trials"], *cells])
     return table(header, lines)
 
 
@@ -348,7 +385,7 @@ def main() -> None:
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
     parser.add_argument("--model", help="folder, hub id or GGUF file; none: load_base's default")
     parser.add_argument("--data", default=PROSE, help="text file or folder")
-    parser.add_argument("--save", type=Path, help="a folder that each converted model goes to")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keeps the converted models")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     unknown = set(options.run) - set(RECIPES) - {"all"}
@@ -360,8 +397,8 @@ def main() -> None:
     sizes = QUICK if options.quick else FULL
     bench = Bench(options.model, options.data, sizes, options.save) if names else None
     for name in names:
-        row = bench.run(name)
         path = path_of(name, options.out)
+        row = bench.run(name, json.loads(path.read_text()) if path.exists() else None)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(row, indent=1) + "\n")
         done = results(options.out).items()

@@ -113,6 +113,22 @@ def test_association_is_more_than_remembering_cities(tokenizer, prose):
     )
 
 
+def test_associations_may_be_pass_keys(tokenizer, prose):
+    model = Copier(len(tokenizer), 8)
+    ask = dict(trials=4, pairs=3, answers="keys")
+    evaluate.associative_recall(model, tokenizer, prose, 40, **ask)
+    for ids in model.read:
+        text = tokenizer.decode(ids.tolist())
+        said = re.findall(r"The pass key of (\w+) is (\d{5})\.", text.partition("\n")[0])
+        assert len({who for who, _ in said}) == len({key for _, key in said}) == 3
+        who, asked, key = re.fullmatch(
+            r"What is the pass key of (\w+)\? The pass key of (\w+) is (\d{5})",
+            text.rpartition("\n")[2],
+        ).groups()
+        assert who == asked and (who, key) in said
+    assert len({tuple(ids[:30].tolist()) for ids in model.read}) == 4
+
+
 @pytest.mark.parametrize("task", list(evaluate.TASKS))
 def test_every_model_gets_the_same_questions(task, tokenizer, prose):
     one, two = (Copier(len(tokenizer), reach) for reach in (8, 64))
@@ -178,6 +194,8 @@ def test_refused(tokenizer, prose):
         evaluate.recall_curve(model, tokenizer, prose, "poetry", [10])
     with pytest.raises(ValueError, match="associative_recall: pairs must be 1 to 24, got 25"):
         evaluate.associative_recall(model, tokenizer, prose, 10, pairs=25)
+    with pytest.raises(ValueError, match="answers must be one of cities, keys, got 'towns'"):
+        evaluate.associative_recall(model, tokenizer, prose, 10, answers="towns")
     with pytest.raises(ValueError, match=r"length must be above 4 and at most the text's \d+"):
         evaluate.copy_recall(model, tokenizer, prose, 10, length=4)
     with pytest.raises(ValueError, match="copy_recall: 60 tokens of prose are wanted, the text"):

@@ -71,30 +71,42 @@ def associative_recall(
     distance: int,
     *,
     pairs: int = 8,
+    answers: str = "cities",
     trials: int = 10,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Recall:
     """Says of `pairs` people where they live, then `distance` tokens of prose, and asks for one.
 
-    A model that remembers the cities but not whose they are is right in one of `pairs` cases.
+    A model that remembers the cities but not whose they are is right in one of `pairs` cases. With
+    `answers="keys"` each has a five-digit pass key instead: small models, which take any city for a
+    likely one, can be asked for those.
 
-    prose: int64 (n,), n >= distance. The same seed gives every model the same people, cities and
-    stretches. Raises ValueError when the text is too short, or pairs is not 1 to 24.
+    prose: int64 (n,), n >= distance. The same seed gives every model the same people, answers and
+    stretches. Raises ValueError when the text is too short, pairs is not 1 to 24, or answers is
+    neither "cities" nor "keys".
 
     Example: `associative_recall(model, tokenizer, prose, 256, pairs=4).accuracy`.
     """
     if not 1 <= pairs <= len(_PEOPLE):
         raise ValueError(f"associative_recall: pairs must be 1 to {len(_PEOPLE)}, got {pairs}")
+    if answers not in _ASSOCIATIONS:
+        raise ValueError(
+            f"associative_recall: answers must be one of {', '.join(_ASSOCIATIONS)}, got "
+            f"{answers!r}"
+        )
+    fact, asking = _ASSOCIATIONS[answers]
 
     def question(draw: random.Random) -> Question:
-        people, cities = draw.sample(_PEOPLE, pairs), draw.sample(_CITIES, pairs)
-        said = " ".join(f"{a} lives in {b}." for a, b in zip(people, cities, strict=True))
+        people = draw.sample(_PEOPLE, pairs)
+        theirs = draw.sample(_CITIES if answers == "cities" else range(10000, 100000), pairs)
+        said = " ".join(f"{fact.format(a)} {b}." for a, b in zip(people, theirs, strict=True))
         asked = draw.randrange(pairs)
+        who = people[asked]
         return (
             token_ids(tokenizer, f"{said}\n"),
-            token_ids(tokenizer, f"\nWhere does {people[asked]} live? {people[asked]} lives in"),
-            token_ids(tokenizer, f" {cities[asked]}"),
+            token_ids(tokenizer, f"\n{asking.format(who)} {fact.format(who)}"),
+            token_ids(tokenizer, f" {theirs[asked]}"),
         )
 
     return _recall("associative_recall", model, prose, distance, question, trials, seed, progress)
@@ -163,7 +175,7 @@ def recall_curve(
         task: "pass-key", "associative" or "copy".
         distances: tokens between what is to be recalled and the question. None: 1, 2, 4, 8 and 16
             times the converted model's window.
-        options: of the task: pairs, length.
+        options: of the task: pairs and answers, length.
 
     Raises ValueError when the task is not known, when distances are missing and the model has no
     window, and as the task itself does.
@@ -239,6 +251,12 @@ def _recall(
     accuracy, error = mean_and_error(right)
     return Recall(distance, trials, accuracy, statistics.fmean(loss), error)
 
+
+# What is said of a person, before the answer, and how it is asked for.
+_ASSOCIATIONS = {
+    "cities": ("{} lives in", "Where does {} live?"),
+    "keys": ("The pass key of {} is", "What is the pass key of {}?"),
+}
 
 _CUE = 4  # tokens of a passage that are given again
 
