@@ -20,16 +20,17 @@ not finite, ours has to be.
 Not against an oracle: one-token updates and the choice of hard keys (against one call, against the
 reference); to the bit: an update replayed from a CUDA graph, a call on another stream, outputs
 after a change of later tokens; and problems without elements. Not covered: gradients of states,
-seq_bounds, eps, the linear update, several devices.
+seq_bounds, eps beside far keys, the linear update, several devices.
 
 Timing: forward, forward and backward, and one decoded token, against scaled_dot_product_attention
 on the same tensors, in turn, with CUDA events. The device sleeps until all launches are queued, so
 that the times are the device's; what Python and launches cost is the host's column. One token is
 also timed as a replayed CUDA graph.
 
-Far keys alone at 16 bits have two forwards (docs/cuda.md): the fused one, and the other, which
-groups with DIJIANG_CUDA_FUSED=0 check and time on the same problems. Their times stand beside a
-copy that moves as many bytes as q, k, v and the output have.
+Far keys alone and near keys alone at 16 bits have two forwards each (docs/cuda.md): the fused one,
+and the other, which groups with DIJIANG_CUDA_FUSED=0 check and time on the same problems. Times of
+far keys alone stand beside a copy that moves as many bytes as q, k, v and the output have; those of
+near keys alone beside softmax attention, with hard keys chosen and with the same ones given.
 """
 
 from __future__ import annotations
@@ -197,6 +198,15 @@ def of_map(heads: int, features: int, dim: int, kind: str) -> FeatureParams:
     return params._replace(omega=params.omega / 2)
 
 
+def both_parameters(
+    features: int, dim: int, kind: str = "exp"
+) -> tuple[FeatureParams, FeatureParams] | tuple[None, None]:
+    """Of queries and keys; without features none."""
+    if features == 0:
+        return None, None
+    return parameters(HEADS, features, dim, kind), parameters(KV_HEADS, features, dim, kind)
+
+
 def trainable(params: FeatureParams) -> list[Tensor]:
     return [x for x in params[:3] if x is not None]
 
@@ -254,11 +264,11 @@ def attention_problem(
 ) -> Problem:
     """kernelized_attention; grows: keys whose length does, far beyond what a chunk's maxima take;
     trained: gradients of parameters and of log_decay too."""
-    fq, fk = parameters(HEADS, features, dim, kind), parameters(KV_HEADS, features, dim, kind)
-    if grows:
+    fq, fk = both_parameters(features, dim, kind)
+    if grows and features:
         fq, fk = fq._replace(beta=None), fk._replace(beta=None)
     near_options = near_keys(*near)
-    count = len(trainable(fq))
+    count = len(trainable(fq)) if features else 0
 
     def inputs(dtype):
         q, k, v = random_qkv(dtype, batch, tokens, dim)
@@ -360,6 +370,31 @@ def far_problems() -> Iterator[Problem]:
     ends = torch.tensor([0, 1, 200, 200, 263, 700], dtype=torch.int32, device=DEVICE)
     name = f"far keys alone, packed sequences, {path()}"
     yield attention_problem(name, features=64, batch=1, tokens=700, cu_seqlens=ends)
+
+
+def near_problems() -> Iterator[Problem]:
+    """No far keys, sizes that the fused near forward takes."""
+    for dim, near, options in (
+        (64, (64, 4), {}),
+        (64, (64, 4, 64), {}),
+        (64, (64, 4, 256), {}),
+        (128, (64, 4, 64), {}),
+        (128, (60, 4), {}),
+        (64, (16, 70), {}),
+        (64, (100, 0), {}),
+        (64, (0, 70), {}),
+        (64, (16, 4, (96, 0)), {}),
+        (64, (64, 4), {"grows": True}),
+        (64, (64, 4), {"eps": 0.5}),
+        (64, (64, 4), {"normalize": False}),
+    ):
+        suffix = "".join(f", {name}={value}" for name, value in options.items())
+        name = f"near keys alone, headdim {dim}, {described(near_keys(*near))}{suffix}, {path()}"
+        yield attention_problem(name, dim=dim, features=0, near=near, tokens=700, **options)
+    for near in ((64, 4), (16, 4, 24)):
+        ends = torch.tensor([0, 1, 200, 263, 700], dtype=torch.int32, device=DEVICE)
+        name = f"near keys alone, packed sequences, {described(near_keys(*near))}, {path()}"
+        yield attention_problem(name, features=0, near=near, batch=1, tokens=700, cu_seqlens=ends)
 
 
 def more_problems() -> Iterator[Problem]:
@@ -475,7 +510,7 @@ def on_other_stream(near: tuple, features: int, dtype: torch.dtype) -> dict:
 
     def pairs():
         inputs = random_qkv(dtype, 2, 300, 64)
-        fq, fk = parameters(HEADS, features, 64, "exp"), parameters(KV_HEADS, features, 64, "exp")
+        fq, fk = both_parameters(features, 64)
         call = partial(dijiang.ops.kernelized_attention, **near_keys(*near))
         want = call(*inputs, fq, fk)
         late = [torch.full_like(x, math.nan) for x in inputs]
@@ -497,8 +532,9 @@ def causality(near: tuple, features: int, dtype: torch.dtype) -> dict:
 
     def pairs():
         inputs = random_qkv(dtype, 2, 300, 64)
-        fq, fk = parameters(HEADS, features, 64, "exp"), parameters(KV_HEADS, features, 64, "exp")
-        fq, fk = fq._replace(beta=None), fk._replace(beta=None)
+        fq, fk = both_parameters(features, 64)
+        if features:
+            fq, fk = fq._replace(beta=None), fk._replace(beta=None)
         call = partial(dijiang.ops.kernelized_attention, **near_keys(*near))
         want = call(*inputs, fq, fk)
         for t in (1, 37, 150, 299):
@@ -551,14 +587,18 @@ def choice(near: tuple, dtype: torch.dtype) -> dict:
     return at_most(share, LIMIT_CHOICE)
 
 
-def causality_cases() -> Iterator[Case]:
-    for near, features in (
-        ((0, 0), 64),
-        ((0, 0), 96),
-        ((16, 4), 96),
-        ((64, 0), 96),
-        ((16, 4, 24), 96),
-    ):
+FAR_CAUSALITY = (
+    ((0, 0), 64),
+    ((0, 0), 96),
+    ((16, 4), 96),
+    ((64, 0), 96),
+    ((16, 4, 24), 96),
+)
+NEAR_CAUSALITY = (((64, 4), 0), ((16, 70), 0), ((64, 4, 64), 0))
+
+
+def causality_cases(problems: tuple) -> Iterator[Case]:
+    for near, features in problems:
         name = f"causality, {features} features, {described(near_keys(*near))}, {path()}"
         yield from every_dtype(name, partial(causality, near, features))
 
@@ -668,22 +708,48 @@ def long_calls(tokens: int, cache_size: int, train: bool) -> dict[str, Callable]
     def ours(q, k, v):
         return dijiang.ops.kernelized_attention(q, k, v, fq, fk, **near_keys(64, 4, cache_size))
 
-    def softmax(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return in_both_ways({"dijiang": ours, "softmax": softmax_attention}, (q, k, v), grad, train)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def in_both_ways(
+    functions: dict[str, Callable], inputs: tuple, grad: Tensor, train: bool
+) -> dict[str, Callable]:
+    """Calls of the functions: forward, or forward and backward."""
 
     def training(function):
-        inputs = leaves(q, k, v)
-        torch.autograd.grad(function(*inputs), inputs, grad)
+        narrow = leaves(*inputs)
+        torch.autograd.grad(function(*narrow), narrow, grad)
 
-    both = {"dijiang": ours, "softmax": softmax}
     if train:
-        return {name: partial(training, function) for name, function in both.items()}
-    return {name: partial(function, q, k, v) for name, function in both.items()}
+        return {name: partial(training, function) for name, function in functions.items()}
+    return {name: partial(function, *inputs) for name, function in functions.items()}
 
 
-def long_inputs(tokens: int) -> tuple:
+def near_calls(
+    tokens: int, cache_size: int, given: bool, train: bool, label: str
+) -> dict[str, Callable]:
+    """As long_calls, without far keys; given: the choice of hard keys is not timed."""
+    q, k, v, *_ = long_inputs(tokens, DTYPES[label])
+    grad = torch.randn_like(q)
+    options = near_keys(64, 4, cache_size)
+    if given:
+        options["hard_keys"] = dijiang.ops.kernelized_attention(
+            q, k, v, return_hard_keys=True, **options
+        )[1]
+
+    def ours(q, k, v):
+        return dijiang.ops.kernelized_attention(q, k, v, **options)
+
+    return in_both_ways({"dijiang": ours, "softmax": softmax_attention}, (q, k, v), grad, train)
+
+
+def long_inputs(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
     heads, kv_heads, dim = 32, 8, 128
-    tensor = {"device": DEVICE, "dtype": torch.bfloat16}
+    tensor = {"device": DEVICE, "dtype": dtype}
     q = torch.randn(1, heads, tokens, dim, **tensor)
     k, v = (torch.randn(1, kv_heads, tokens, dim, **tensor) for _ in "kv")
     return q, k, v, parameters(heads, 128, dim, "exp"), parameters(kv_heads, 128, dim, "exp")
@@ -731,6 +797,24 @@ def timing_cases(longest: int) -> Iterator[Case]:
             yield Case({"what": what, "tokens": tokens}, partial(beside_softmax, make, memory))
 
 
+def near_timing_cases(longest: int) -> Iterator[Case]:
+    for tokens in (n for n in (2048, 8192, 32768) if n <= longest):
+        for label, cache_size, given, train in (
+            ("bfloat16", 0, False, False),
+            ("float16", 0, False, False),
+            ("bfloat16", 64, False, False),
+            ("bfloat16", 64, True, False),
+            ("bfloat16", 256, False, False),
+            ("bfloat16", 256, True, False),
+            ("bfloat16", 0, False, True),
+        ):
+            hard = f", {cache_size} hard keys{' given' * given}" if cache_size else ""
+            passes = "forward and backward" if train else "forward"
+            what = f"near keys alone{hard}, {passes}, {label}, {path()}"
+            make = partial(near_calls, tokens, cache_size, given, train, label)
+            yield Case({"what": what, "tokens": tokens}, partial(beside_softmax, make, True))
+
+
 def time_far(batch: int, heads: int, tokens: int, label: str) -> dict:
     """The forward of far keys alone, 64 x 64, against a copy of as many bytes."""
     tensor = {"device": DEVICE, "dtype": DTYPES[label]}
@@ -775,20 +859,30 @@ class Group(NamedTuple):
 
 
 def far_cases(_args) -> Iterator[Case]:
-    return itertools.chain(cases_of(far_problems()), causality_cases())
+    return itertools.chain(cases_of(far_problems()), causality_cases(FAR_CAUSALITY))
+
+
+def near_cases(_args) -> Iterator[Case]:
+    return itertools.chain(cases_of(near_problems()), causality_cases(NEAR_CAUSALITY))
 
 
 GROUPS = {  # in the order of their running
     "maps": Group(CHECKS, lambda _: cases_of(map_problems()), 60),
     "far": Group(CHECKS, far_cases, 90),
+    "near": Group(CHECKS, near_cases, 90),
     "more": Group(CHECKS, lambda _: cases_of(more_problems()), 90),
     "states": Group(CHECKS, lambda _: state_cases(), 90),
     "attention": Group(CHECKS, lambda _: cases_of(attention_problems()), 120),
     "far, other forward": Group(CHECKS, far_cases, 90, fused=False),
+    "near, other forward": Group(CHECKS, near_cases, 90, fused=False),
+    "timing, near": Group(TIMINGS, lambda args: near_timing_cases(args.longest), 60),
     "timing, far": Group(FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60),
     "timing": Group(TIMINGS, lambda args: timing_cases(args.longest), 150),
     "timing, far, other forward": Group(
         FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60, fused=False
+    ),
+    "timing, near, other forward": Group(
+        TIMINGS, lambda args: near_timing_cases(args.longest), 60, fused=False
     ),
 }
 

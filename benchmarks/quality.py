@@ -64,6 +64,8 @@ TEXT = TRAINED | {"lm_weight": 1.0, "kl_weight": 0.0}  # by the next token, not 
 LONG = {"tokens": 299008, "length": 2048}  # as many as 30 minutes are meant to be enough for
 # Many hard keys lose nothing in rows of 2048, so there is nothing to learn in them.
 LONG_ROWS = {"tokens": 131072, "length": 4096}
+# Far keys do harm beyond the length that they were trained on.
+FAR_ROWS = {"tokens": 131072, "length": 8192}
 # Features and gates learn to give softmax attention's outputs.
 TRANSFER = {"tokens": 65536, "transfer_tokens": 65536, "length": 2048}
 # On rows as long as the longest context measured; few of them, so at a higher rate.
@@ -102,6 +104,12 @@ RECIPES: dict[str, Recipe] = {
         exact(cache_size=64), spread="head", own_text=True, note="what the teacher writes itself"
     ),
     "hard 64, spread, trained": Recipe(exact(cache_size=64), spread="head", train=TRAINED),
+    "hard 64, spread, far, trained": Recipe(
+        DiJiangConfig(feature_map="learned", cache_size=64, decay="head"),
+        spread="head",
+        train=FAR_ROWS,
+        note="decay, rows of 8192",
+    ),
     "hard 64, layers": Recipe(exact(cache_size=64), spread="layer", note="64 a layer in the mean"),
     "hard 64, layers, trained": Recipe(exact(cache_size=64), spread="layer", train=TRAINED),
     "hard 64, layers, trained long": Recipe(exact(cache_size=64), spread="layer", train=LONG),

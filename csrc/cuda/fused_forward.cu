@@ -3,9 +3,7 @@
 // parts, the scan, and all parts at once.
 #include "cuda/fused_forward.h"
 
-#include <cstdlib>
-#include <cstring>
-
+#include "cuda/fused_calls.h"
 #include "cuda/fused_walk.h"
 
 namespace dijiang::cuda {
@@ -74,14 +72,6 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walk_rows(FusedAttention f) {
 
 // --- what applies --------------------------------------------------------------------------------
 
-bool switched_on() {
-  static const bool on = [] {
-    const char* text = std::getenv("DIJIANG_CUDA_FUSED");
-    return !text || std::strcmp(text, "0") != 0;
-  }();
-  return on;
-}
-
 // Calls take(FusedShape) for the sizes of p; false where there is no kernel for them.
 template <class T, class Take>
 bool with_shape(const LinearAttentionParams& p, const Take& take) {
@@ -115,19 +105,6 @@ bool with_shape(const LinearAttentionParams& p, const Take& take) {
   if (p.dtype == DType::kBFloat16) return with_shape<__nv_bfloat16>(p, take);
   if (p.dtype == DType::kFloat16) return with_shape<__half>(p, take);
   return false;
-}
-
-// Rows of 16-byte pieces that begin at multiples of 16 bytes.
-bool is_aligned(const ConstView& view) {
-  return view.stride_dim == 1 && view.stride_seq % 8 == 0 && view.stride_head % 8 == 0 &&
-         view.stride_batch % 8 == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
-  return value;
 }
 
 // Query heads of one kv head for a block: as many as leave room for a second block on the
@@ -220,13 +197,13 @@ void launch(const FusedAttention& f, cudaStream_t stream) {
 }  // namespace
 
 bool fused_forward_applies(const LinearAttentionParams& p) {
-  if (!switched_on() || p.kind == FeatureKind::kGiven) return false;
+  if (!fused_switched_on() || p.kind == FeatureKind::kGiven) return false;
   if (p.window > 0 || p.sinks > 0 || p.final.length) return false;
   if (p.num_heads > 65535 || p.batch * p.seqlen == 0) return false;
-  if (!is_aligned(p.q) || !is_aligned(p.k) || !is_aligned(p.v)) return false;
-  if (reinterpret_cast<uintptr_t>(p.out) % 16 != 0) return false;
+  if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
+  if (!begins_at_pieces(p.out)) return false;
   if (!with_shape(p, [](auto) {})) return false;
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && heads_of_block(p) > 0;
+  return device_is_sm80() && heads_of_block(p) > 0;
 }
 
 size_t fused_forward_workspace(const LinearAttentionParams& params) {

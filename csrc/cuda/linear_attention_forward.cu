@@ -3,6 +3,7 @@
 #include "cuda/attention_phases.h"
 #include "cuda/attention_rows.h"
 #include "cuda/fused_forward.h"
+#include "cuda/fused_near.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
 namespace dijiang::cuda {
@@ -516,6 +517,10 @@ void launch_lengths(const Attention& a, cudaStream_t stream) {
 template <class T, bool kGiven>
 void launch_heads(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
+  if (fused_near_applies(p)) {
+    launch_fused_near(a, stream);
+    return;
+  }
   const auto tiles = static_cast<unsigned>(a.max_chunks * a.row_tiles);
   const auto heads = static_cast<unsigned>(p.num_heads);
   constexpr int shared = (2 * kDepthTile + kSquareTile) * sizeof(float);

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/fused_forward.cu"
+#include "cuda/fused_near.cu"
 #include "cuda/linear_attention_forward.cu"
 #include "cuda/linear_attention_update.cu"
 #include "emulated_attention.h"
