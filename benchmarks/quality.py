@@ -65,7 +65,7 @@ LONG = {"tokens": 299008, "length": 2048}  # as many as 30 minutes are meant to 
 # Many hard keys lose nothing in rows of 2048, so there is nothing to learn in them.
 LONG_ROWS = {"tokens": 131072, "length": 4096}
 # Far keys do harm beyond the length that they were trained on.
-FAR_ROWS = {"tokens": 131072, "length": 8192}
+FAR_ROWS = {"tokens": 65536, "length": 8192}
 # Features and gates learn to give softmax attention's outputs.
 TRANSFER = {"tokens": 65536, "transfer_tokens": 65536, "length": 2048}
 # On rows as long as the longest context measured; few of them, so at a higher rate.
