@@ -55,6 +55,7 @@ def main() -> None:
     if rank == 0:
         model.save_pretrained(options.out, state_dict=weights)
         tokenizer.save_pretrained(options.out)
+    dist.barrier()  # torchrun ends all ranks when one ends badly
     dist.destroy_process_group()
 
 
