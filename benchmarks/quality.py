@@ -162,13 +162,15 @@ class Bench:
     def run(self, name: str, before: dict | None = None) -> dict:
         """before: the recipe's last result. What it has measured of the very same model is kept."""
         recipe = RECIPES[name]
-        saved = self.save / path_of(name).stem if self.save else None
+        saved = self.save / path_of(name).stem if self.save and recipe.train else None
         if before and saved and saved.is_dir():
             model = from_pretrained(saved)
             return before | {"measured": self.measure(model, before["measured"])}
         model, config, training = self.make(recipe)
-        if saved:
-            model.save_pretrained(saved)
+        if saved:  # whole or not at all
+            partial = saved.with_name(f"{saved.name}.partial")
+            model.save_pretrained(partial)
+            partial.rename(saved)
         settings = None if config is None else config.to_dict()
         same = before and not recipe.train and before["config"] == settings
         return {
@@ -393,7 +395,7 @@ def main() -> None:
     parser.add_argument("--run", nargs="+", metavar="RECIPE", default=[], help="or 'all'")
     parser.add_argument("--model", help="folder, hub id or GGUF file; none: load_base's default")
     parser.add_argument("--data", default=PROSE, help="text file or folder")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keeps the converted models")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keeps the trained models")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     unknown = set(options.run) - set(RECIPES) - {"all"}
