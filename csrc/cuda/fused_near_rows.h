@@ -95,11 +95,7 @@ struct NearRows {
     const int row = row0 + lane / 4;
     row_position = static_cast<int>(first < kFar ? first : kFar) + row;
     window_row = static_cast<int>(first - window_begin) + row;
-    DIJIANG_UNROLL()
-    for (int n = 0; n < kV / 8; ++n) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
-    }
+    clear(out);
     low[0] = low[1] = 0;
     if (a.params.window == 0) return;
     const int64_t w = a.params.window, block = first / w * w;
@@ -236,11 +232,7 @@ struct NearRows {
   __device__ __forceinline__ void add_group(const T* key_tile, const T* value_tile, int s,
                                             const Seen& seen) {
     float x[kGroup / 8][4];
-    DIJIANG_UNROLL()
-    for (int n = 0; n < kGroup / 8; ++n) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
-    }
+    clear(x);
     DIJIANG_UNROLL()
     for (int k = 0; k < kD; k += 16) {
       DIJIANG_UNROLL()

@@ -47,6 +47,15 @@ __device__ inline void load_right_transposed(unsigned (&b)[4], const T* tile, in
   load_transposed(b, tile + tile_offset<kWidth>(k + lane % 16, column + lane / 16 * 8));
 }
 
+template <int kTiles>
+__device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles; ++t) {
+    DIJIANG_UNROLL()
+    for (int e = 0; e < 4; ++e) c[t][e] = 0.0f;
+  }
+}
+
 // c0 (columns 0-7), c1 (8-15) += a b
 template <class T>
 __device__ inline void multiply_add_16(float (&c0)[4], float (&c1)[4], const unsigned (&a)[4],

@@ -135,11 +135,7 @@ struct Walk {
     const T* low = high + kM * kD;
     const bool has_beta = betas && p.kind == FeatureKind::kExp;
     float square[2] = {0.0f, 0.0f};
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) u[t][e] = 0.0f;
-    }
+    clear(u);
     DIJIANG_UNROLL(2)  // fully, its addresses cost registers
     for (int k = 0; k < kD; k += 16) {
       unsigned a[4];
@@ -412,11 +408,7 @@ struct Walk {
 
     // The state's part.
     float out[kV / 8][4];
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kV / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) out[t][e] = 0.0f;
-    }
+    clear(out);
     DIJIANG_UNROLL()
     for (int i = 0; i < kM; i += 16) {
       unsigned a[kParts][4];

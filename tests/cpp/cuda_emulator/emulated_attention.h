@@ -3,9 +3,11 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "dijiang/core/linear_attention_cuda.h"
@@ -59,6 +61,35 @@ inline double error(const std::vector<double>& got, const std::vector<double>& w
     size = std::fmax(size, std::fabs(want[i]));
   }
   return most / size;
+}
+
+// Which kernels ran, and their bank conflicts, are known since the last call of this.
+inline void forget_kernels() {
+  cuda_emulator::settings().kernels.clear();
+  cuda_emulator::settings().bank_conflicts = 0;
+}
+inline bool ran(const std::string& kernel) {
+  for (const std::string& name : cuda_emulator::settings().kernels) {
+    if (name.find(kernel) != std::string::npos) return true;
+  }
+  return false;
+}
+
+// A race would make results depend on the order in which threads run, and on which warp is ahead.
+template <class Run>
+void expect_same_in_any_order(const Run& run) {
+  using cuda_emulator::Schedule;
+  const auto in_order = [&](Schedule schedule) {
+    cuda_emulator::set_schedule(schedule);
+    const std::vector<double> results = run();
+    cuda_emulator::set_schedule(Schedule::kAscending);
+    return results;
+  };
+  const auto first = in_order(Schedule::kAscending);
+  for (const Schedule schedule : {Schedule::kDescending, Schedule::kShuffled,
+                                  Schedule::kFirstWarpFirst, Schedule::kLastWarpFirst}) {
+    EXPECT_EQ(first, in_order(schedule)) << "schedule " << static_cast<int>(schedule);
+  }
 }
 
 // (batch, heads, seqlen, dim), laid out as the model would leave it rather than densely.
@@ -248,6 +279,19 @@ struct Call {
     const cudaError_t error = run(a);
     place(piece, begin, end);
     return error;
+  }
+
+  // All tokens up to the last cut, a call for each part; state: before and after them.
+  cudaError_t forward_parts(const std::vector<int>& cuts, State<T>& state) {
+    int begin = 0;
+    for (const int end : cuts) {
+      State<T> next(p);
+      const cudaError_t error = forward_part(begin, end, state, next);
+      if (error != cudaSuccess) return error;
+      state = next;
+      begin = end;
+    }
+    return cudaSuccess;
   }
 
   // Gradients of what `from` -> `to` computed, for tokens [begin, end); grad_to, if given, of the

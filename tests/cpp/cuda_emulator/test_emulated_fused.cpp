@@ -15,6 +15,7 @@ namespace {
 using dijiang::FeatureKind;
 using emulated::Call;
 using emulated::error;
+using emulated::ran;
 using emulated::State;
 using oracle::Problem;
 
@@ -23,16 +24,9 @@ struct Device {
   explicit Device(int multiprocessors, int shared_bytes = 227 * 1024)
       : before(cuda_emulator::device()) {
     cuda_emulator::device() = {multiprocessors, shared_bytes};
-    cuda_emulator::settings().kernels.clear();
-    cuda_emulator::settings().bank_conflicts = 0;
+    emulated::forget_kernels();
   }
   ~Device() { cuda_emulator::device() = before; }
-  static bool ran(const std::string& kernel) {
-    for (const std::string& name : cuda_emulator::settings().kernels) {
-      if (name.find(kernel) != std::string::npos) return true;
-    }
-    return false;
-  }
   cuda_emulator::Device before;
 };
 constexpr int kFew = 1, kMany = 1000;
@@ -241,8 +235,8 @@ void check(Problem p, unsigned seed = 1) {
     Call<T> call(p, 1);
     State<T> state(p);
     ASSERT_EQ(call.forward(&state), cudaSuccess);
-    EXPECT_TRUE(Device::ran("walk_rows"));
-    EXPECT_EQ(Device::ran("walk_keys"), multiprocessors == kMany && p.seqlen > 256);
+    EXPECT_TRUE(ran("walk_rows"));
+    EXPECT_EQ(ran("walk_keys"), multiprocessors == kMany && p.seqlen > 256);
     EXPECT_EQ(cuda_emulator::settings().bank_conflicts, 0);
     compare(p, call, state, want);
   }
@@ -300,7 +294,7 @@ TEST(EmulatedFused, GroupedQueries) {
     Call<__nv_bfloat16> call(p, 1);
     State<__nv_bfloat16> state(p);
     ASSERT_EQ(call.forward(&state), cudaSuccess);
-    EXPECT_TRUE(Device::ran("walk_rows"));
+    EXPECT_TRUE(ran("walk_rows"));
     compare(p, call, state, oracle::run(p, false));
   }
 }
@@ -340,14 +334,8 @@ void check_split(Problem p, const std::vector<int>& cuts) {
     const Device device(multiprocessors);
     Call<T> call(p, 1);
     State<T> state(p);
-    int begin = 0;
-    for (const int end : cuts) {
-      State<T> next(p);
-      ASSERT_EQ(call.forward_part(begin, end, state, next), cudaSuccess);
-      state = next;
-      begin = end;
-    }
-    EXPECT_FALSE(Device::ran("compute_features") || Device::ran("local_states"));
+    ASSERT_EQ(call.forward_parts(cuts, state), cudaSuccess);
+    EXPECT_FALSE(ran("compute_features") || ran("local_states"));
     EXPECT_LT(error(emulated::widen(call.out), want.out), kTolerance<T>);
     EXPECT_LT(error(state.true_kv(p.dim_v), want.kv), kTolerance<T>);
     EXPECT_LT(error(state.true_z(), want.z), kTolerance<T>);
@@ -527,24 +515,17 @@ TEST(EmulatedFused, OrderOfThreadsChangesNothing) {
       p.decay = decay;
       p.size = size;
       p.fill(9, emulated::round_to<__nv_bfloat16>);
-      const auto run = [&](cuda_emulator::Schedule schedule) {
+      emulated::expect_same_in_any_order([&] {
         const Device device(kMany);
-        cuda_emulator::set_schedule(schedule);
         Call<__nv_bfloat16> call(p, 1);
         State<__nv_bfloat16> state(p);
         EXPECT_EQ(call.forward(&state), cudaSuccess);
-        cuda_emulator::set_schedule(cuda_emulator::Schedule::kAscending);
         auto all = emulated::widen(call.out);
         all.insert(all.end(), state.kv.begin(), state.kv.end());
         all.insert(all.end(), state.z.begin(), state.z.end());
         all.insert(all.end(), call.row_sum.begin(), call.row_sum.end());
         return all;
-      };
-      const auto first = run(cuda_emulator::Schedule::kAscending);
-      EXPECT_EQ(first, run(cuda_emulator::Schedule::kDescending));
-      EXPECT_EQ(first, run(cuda_emulator::Schedule::kShuffled));
-      EXPECT_EQ(first, run(cuda_emulator::Schedule::kFirstWarpFirst));
-      EXPECT_EQ(first, run(cuda_emulator::Schedule::kLastWarpFirst));
+      });
     }
   }
 }
@@ -559,13 +540,13 @@ TEST(EmulatedFused, BothPathsAgree) {
     const Device device(kFew);
     Call<__nv_bfloat16> fused(p, 1);
     ASSERT_EQ(fused.forward(), cudaSuccess);
-    EXPECT_TRUE(Device::ran("walk_rows"));
-    EXPECT_FALSE(Device::ran("compute_outputs"));
-    cuda_emulator::settings().kernels.clear();
+    EXPECT_TRUE(ran("walk_rows"));
+    EXPECT_FALSE(ran("compute_outputs"));
+    emulated::forget_kernels();
     Call<__nv_bfloat16> other(p, 2);  // rows that asynchronous copies cannot take
     ASSERT_EQ(other.forward(), cudaSuccess);
-    EXPECT_FALSE(Device::ran("walk_rows"));
-    EXPECT_TRUE(Device::ran("compute_outputs"));
+    EXPECT_FALSE(ran("walk_rows"));
+    EXPECT_TRUE(ran("compute_outputs"));
     EXPECT_LT(error(emulated::widen(fused.out), emulated::widen(other.out)),
               kTolerance<__nv_bfloat16>);
     for (size_t i = 0; i < fused.row_sum.size(); ++i) {

@@ -16,20 +16,11 @@ namespace {
 
 using emulated::Call;
 using emulated::error;
+using emulated::forget_kernels;
+using emulated::ran;
 using emulated::State;
 using oracle::Problem;
 
-// What ran since the last call of it.
-void forget_kernels() {
-  cuda_emulator::settings().kernels.clear();
-  cuda_emulator::settings().bank_conflicts = 0;
-}
-bool ran(const std::string& kernel) {
-  for (const std::string& name : cuda_emulator::settings().kernels) {
-    if (name.find(kernel) != std::string::npos) return true;
-  }
-  return false;
-}
 void expect_fused() {
   EXPECT_TRUE(ran("attend_near"));
   EXPECT_FALSE(ran("find_row_scales") || ran("compute_outputs"));
@@ -218,13 +209,7 @@ void check_split(Problem p, const std::vector<int>& cuts) {
   forget_kernels();
   Call<T> call(p, 1);
   State<T> state(p);
-  int begin = 0;
-  for (const int end : cuts) {
-    State<T> next(p);
-    ASSERT_EQ(call.forward_part(begin, end, state, next), cudaSuccess);
-    state = next;
-    begin = end;
-  }
+  ASSERT_EQ(call.forward_parts(cuts, state), cudaSuccess);
   expect_fused();
   EXPECT_LT(error(emulated::widen(call.out), want.out), kTolerance<T>);
   for (const int64_t length : state.length) EXPECT_EQ(length, p.seqlen);
@@ -470,7 +455,6 @@ TEST(EmulatedNear, FutureChangesNothing) {
   }
 }
 
-// A race would make results depend on the order in which threads run, and on which warp is ahead.
 TEST(EmulatedNear, OrderOfThreadsChangesNothing) {
   for (const auto& [window, sinks, cache_size] :
        std::vector<std::array<int, 3>>{{64, 4, 0}, {16, 70, 0}, {16, 3, 90}}) {
@@ -479,24 +463,17 @@ TEST(EmulatedNear, OrderOfThreadsChangesNothing) {
     p.cache_size = cache_size;
     p.dim_v = 128;
     p.fill(9, emulated::round_to<__nv_bfloat16>);
-    const auto run = [&](cuda_emulator::Schedule schedule) {
-      cuda_emulator::set_schedule(schedule);
+    emulated::expect_same_in_any_order([&] {
       forget_kernels();
       Call<__nv_bfloat16> call(p, 1);
       State<__nv_bfloat16> state(p);
       EXPECT_EQ(call.forward(&state), cudaSuccess);
-      cuda_emulator::set_schedule(cuda_emulator::Schedule::kAscending);
       expect_fused();
       auto all = emulated::widen(call.out);
       all.insert(all.end(), call.row_scale.begin(), call.row_scale.end());
       all.insert(all.end(), call.row_sum.begin(), call.row_sum.end());
       return all;
-    };
-    const auto first = run(cuda_emulator::Schedule::kAscending);
-    EXPECT_EQ(first, run(cuda_emulator::Schedule::kDescending));
-    EXPECT_EQ(first, run(cuda_emulator::Schedule::kShuffled));
-    EXPECT_EQ(first, run(cuda_emulator::Schedule::kFirstWarpFirst));
-    EXPECT_EQ(first, run(cuda_emulator::Schedule::kLastWarpFirst));
+    });
   }
 }
 
