@@ -570,12 +570,12 @@ def without_elements(dtype: torch.dtype) -> dict:
     return equal(pairs)
 
 
-def choice(near: tuple, dtype: torch.dtype) -> dict:
+def choice(near: tuple, dim: int, dtype: torch.dtype) -> dict:
     """Share of the slots, over all blocks, that hold another key than the oracle's."""
 
     def share():
         tokens = 300
-        q, k, v = random_qkv(dtype, 2, tokens, 64)
+        q, k, v = random_qkv(dtype, 2, tokens, dim)
         options = near_keys(*near)
         _, chosen = dijiang.ops.kernelized_attention(q, k, v, return_hard_keys=True, **options)
         wanted = with_hard_keys(q, k, v, options)["hard_keys"]
@@ -603,8 +603,21 @@ def causality_cases(problems: tuple) -> Iterator[Case]:
         yield from every_dtype(name, partial(causality, near, features))
 
 
+def choice_cases() -> Iterator[Case]:
+    """Of 16-bit keys the fused choice and the other one; of float32 always the other one."""
+    for near, dim in (
+        ((16, 4, 24), 64),
+        ((64, 0, 70), 64),
+        ((8, 9, 3), 64),
+        ((16, 4, (90, 0)), 64),
+        ((30, 4, 40), 128),
+    ):
+        name = f"hard keys chosen, headdim {dim}, {described(near_keys(*near))}, {path()}"
+        yield from every_dtype(name, partial(choice, near, dim))
+
+
 def state_cases() -> Iterator[Case]:
-    """Updates, graphs, streams, hard keys, no elements."""
+    """Updates, graphs, streams, no elements."""
     for near, decay in (
         ((0, 0), False),
         ((16, 4), False),
@@ -621,9 +634,6 @@ def state_cases() -> Iterator[Case]:
     for near, features in (((0, 0), 64), ((16, 4), 96)):
         name = f"another stream, {features} features, {described(near_keys(*near))}"
         yield from every_dtype(name, partial(on_other_stream, near, features))
-    for near in ((16, 4, 24), (64, 0, 70), (8, 9, 3)):
-        name = f"hard keys chosen, {described(near_keys(*near))}"
-        yield from every_dtype(name, partial(choice, near))
     yield from every_dtype("no elements", without_elements)
 
 
@@ -863,7 +873,9 @@ def far_cases(_args) -> Iterator[Case]:
 
 
 def near_cases(_args) -> Iterator[Case]:
-    return itertools.chain(cases_of(near_problems()), causality_cases(NEAR_CAUSALITY))
+    return itertools.chain(
+        cases_of(near_problems()), causality_cases(NEAR_CAUSALITY), choice_cases()
+    )
 
 
 GROUPS = {  # in the order of their running

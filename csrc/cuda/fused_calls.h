@@ -31,6 +31,15 @@ inline bool has_whole_pieces(const ConstView& view) {
          view.stride_batch % 8 == 0 && begins_at_pieces(view.data);
 }
 
+// Its keys and values.
+inline bool state_begins_at_pieces(const AttentionState& state) {
+  for (const void* data :
+       {state.window_k, state.window_v, state.sink_k, state.sink_v, state.cache_k, state.cache_v}) {
+    if (!begins_at_pieces(data)) return false;
+  }
+  return true;
+}
+
 // Of the current device; 0 when it cannot be asked.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;

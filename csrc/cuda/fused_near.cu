@@ -47,13 +47,7 @@ bool fused_near_applies(const LinearAttentionParams& p) {
   if (!fused_switched_on() || p.kind == FeatureKind::kGiven || p.num_features != 0) return false;
   if (p.window == 0 && p.sinks == 0) return false;
   if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
-  for (const void* data :
-       {static_cast<const void*>(p.out), static_cast<const void*>(p.initial.window_k),
-        static_cast<const void*>(p.initial.window_v), static_cast<const void*>(p.initial.sink_k),
-        static_cast<const void*>(p.initial.sink_v), static_cast<const void*>(p.initial.cache_k),
-        static_cast<const void*>(p.initial.cache_v)}) {
-    if (!begins_at_pieces(data)) return false;
-  }
+  if (!begins_at_pieces(p.out) || !state_begins_at_pieces(p.initial)) return false;
   int bytes = 0;
   const bool has_shape = with_near_shape(p, [&](auto s) { bytes = decltype(s)::kSharedBytes; });
   return has_shape && device_is_sm80() &&

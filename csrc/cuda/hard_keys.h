@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/attention_rows.h"
+#include "cuda/fused_choice.h"
 #include "cuda/hard_key_choice.h"
 
 namespace dijiang::cuda {
@@ -17,8 +18,21 @@ __device__ inline Chunk whole_sequence(const Attention& a, int64_t n, const Sequ
   return c;
 }
 
-// Shared memory, in floats.
-struct ChoiceTiles {
+// How many slots of a row of the table are filled, by a whole thread block.
+__device__ inline void count_filled(const int32_t* slots, int64_t size, int32_t* count) {
+  if (threadIdx.x == 0 && (size == 0 || slots[0] < 0)) *count = 0;
+  for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+    const bool last = slots[i] >= 0 && (i + 1 == size || slots[i + 1] < 0);
+    if (last) *count = static_cast<int32_t>(i + 1);
+  }
+}
+
+// What a block of the walk is asked: the numbers that the choice goes by, of any sizes and types.
+// fused_choice.h has them for 16-bit keys.
+template <class T_>
+struct PlainChoice {
+  using T = T_;
+  static constexpr int kBlocks = 1;  // on a multiprocessor at least
   float* x_tile;
   float* y_tile;
   float* scores;   // 64 x 64
@@ -26,27 +40,34 @@ struct ChoiceTiles {
   float* row_sum;  // (64)
   Choice choice;
 
-  static int64_t floats(const LinearAttentionParams& p) {
-    return 2 * kDepthTile + kSquareTile + 2 * kRows + Choice::candidates(p) + p.headdim +
-           p.headdim_v + Choice::floats(p);
+  static size_t bytes(const LinearAttentionParams& p) {
+    return (2 * kDepthTile + kSquareTile + 2 * kRows + Choice::all_floats(p)) * sizeof(float);
   }
-  __device__ ChoiceTiles(const LinearAttentionParams& p, float* shared) {
-    x_tile = shared;
+  __device__ PlainChoice(const LinearAttentionParams& p, char* shared) {
+    x_tile = reinterpret_cast<float*>(shared);
     y_tile = x_tile + kDepthTile;
     scores = y_tile + kDepthTile;
     row_top = scores + kSquareTile;
     row_sum = row_top + kRows;
-    choice.votes = row_sum + kRows;
-    choice.sums = choice.votes + Choice::candidates(p);
-    choice.take(p, choice.sums + p.headdim + p.headdim_v);
+    choice.take_all(p, row_sum + kRows);
   }
+  __device__ void find_novelty(const Attention& a, const Chunk& c, int head, const Candidates& all,
+                               float length, float tokens) const {
+    const Keys<T> keys{a, c, head};
+    const auto place = [&](int i) { return i < all.slots ? i : -1; };
+    cuda::find_novelty(
+        a.params, all.count, choice, length, tokens,
+        [&](int i) { return keys.key(choice.position[i], place(i)); },
+        [&](int i) { return keys.value(choice.position[i], place(i)); });
+  }
+  __device__ void add_votes(const Attention& a, const Chunk& c, int head, int64_t block) const;
 };
 
 // Adds what the queries of a block give the slots and the block before: their softmax weights among
 // exact keys.
 template <class T>
-__device__ inline void add_votes(const Attention& a, const Chunk& c, int head, int64_t block,
-                                 ChoiceTiles& tiles) {
+__device__ inline void PlainChoice<T>::add_votes(const Attention& a, const Chunk& c, int head,
+                                                 int64_t block) const {
   const LinearAttentionParams& p = a.params;
   const Keys<T> keys{a, c, head};
   const int64_t size = p.cache.of(head);
@@ -59,7 +80,7 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
       const NearTiles near(a, c, head, q0, q0 + rows - 1);
       const auto score_tile = [&](int tile) {
         multiply_rows<T>(
-            tiles.x_tile, tiles.y_tile, tiles.scores, rows, near.size(tile), p.headdim,
+            x_tile, y_tile, scores, rows, near.size(tile), p.headdim,
             [&](int r) {
               return view_row<T>(p.q, c.batch, head * a.group + g, token_of(c, q0 + r));
             },
@@ -70,7 +91,7 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
         score_tile(tile);
         for (int s = part; row < rows && s < near.size(tile); s += 4) {
           if (!near.sees(p, q0 + row, tile, s)) continue;
-          const float x = tiles.scores[row * kRowStride + s] * score_scale(p);
+          const float x = scores[row * kRowStride + s] * score_scale(p);
           if (x > top) {
             sum = sum * exp2f(top - x) + 1.0f;
             top = x;
@@ -79,11 +100,11 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
           }
         }
       }
-      const float row_top = quad_max(top);
-      sum = quad_sum(row_top > kNone ? sum * exp2f(top - row_top) : 0.0f);
+      const float most = quad_max(top);
+      sum = quad_sum(most > kNone ? sum * exp2f(top - most) : 0.0f);
       if (part == 0) {
-        tiles.row_top[row] = row_top;
-        tiles.row_sum[row] = sum;
+        row_top[row] = most;
+        row_sum[row] = sum;
       }
       for (int tile = near.sink_tiles; tile < near.count; ++tile) {
         if (!near.is_hard(tile) && near.begin(tile) >= block * p.window) break;
@@ -95,11 +116,11 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
                                  : size + near.begin(tile) + s - (block - 1) * p.window;
           float votes = 0.0f;
           for (int r = 0; r < rows; ++r) {
-            if (!(tiles.row_sum[r] > 0.0f)) continue;
-            const float x = tiles.scores[r * kRowStride + s] * score_scale(p);
-            votes += exp2f(x - tiles.row_top[r]) / tiles.row_sum[r];
+            if (!(row_sum[r] > 0.0f)) continue;
+            const float x = scores[r * kRowStride + s] * score_scale(p);
+            votes += exp2f(x - row_top[r]) / row_sum[r];
           }
-          if (at < size + p.window) tiles.choice.votes[at] += votes;
+          if (at < size + p.window) choice.votes[at] += votes;
         }
         __syncthreads();
       }
@@ -108,11 +129,13 @@ __device__ inline void add_votes(const Attention& a, const Chunk& c, int head, i
 }
 
 // Table, votes and sums of a (sequence, kv head). Grid: sequence, kv head.
-template <class T>
-__global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
+template <class Work>
+__global__ void __launch_bounds__(kThreads, Work::kBlocks) choose_hard_keys(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
   const LinearAttentionParams& p = a.params;
-  ChoiceTiles tiles(p, reinterpret_cast<float*>(raw));
+  const Work work(p, raw);
+  const Choice& choice = work.choice;
+  using T = typename Work::T;
   const int64_t n = blockIdx.x;
   const int head = blockIdx.y, tid = threadIdx.x;
   const Sequence s = find_sequence(a, n);
@@ -124,14 +147,13 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
   const int64_t width = p.headdim + p.headdim_v;
   const bool resumed = p.initial.cache_position != nullptr;
   for (int64_t i = tid; i < size; i += kThreads) {
-    tiles.choice.held[i] = resumed ? static_cast<int>(p.initial.cache_position[slot + i]) : -1;
+    choice.held[i] = resumed ? static_cast<int>(p.initial.cache_position[slot + i]) : -1;
   }
   for (int64_t i = tid; i < size + w; i += kThreads) {
-    tiles.choice.votes[i] = resumed ? static_cast<const float*>(p.initial.votes)[vote + i] : 0.0f;
+    choice.votes[i] = resumed ? static_cast<const float*>(p.initial.votes)[vote + i] : 0.0f;
   }
   for (int64_t j = tid; j < width; j += kThreads) {
-    tiles.choice.sums[j] =
-        resumed ? static_cast<const float*>(p.initial.sums)[cell * width + j] : 0.0f;
+    choice.sums[j] = resumed ? static_cast<const float*>(p.initial.sums)[cell * width + j] : 0.0f;
   }
   __syncthreads();
 
@@ -140,45 +162,42 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
     const int64_t row = row_of(a, c, head, block);
     if (block >= 2 && block * w >= s.start_pos) {
       if (a.work.chosen) {
-        const Candidates all(p, tiles.choice.held, size, block);
-        const Keys<T> keys{a, c, head};
-        const auto place = [&](int i) { return i < all.slots ? i : -1; };
-        choose(
-            p, static_cast<int>(size), all, tiles.choice,
-            [&](int i) { return keys.key(tiles.choice.position[i], place(i)); },
-            [&](int i) { return keys.value(tiles.choice.position[i], place(i)); });
+        const Candidates all(p, choice.held, size, block);
+        choose(p, static_cast<int>(size), all, choice, [&](float length, float tokens) {
+          work.find_novelty(a, c, head, all, length, tokens);
+        });
       } else {
-        for (int64_t i = tid; i < size; i += kThreads)
-          tiles.choice.held[i] = p.given[row * most + i];
+        for (int64_t i = tid; i < size; i += kThreads) choice.held[i] = p.given[row * most + i];
       }
-      carry_votes(p, size, tiles.choice, (block - 2) * w);
+      carry_votes(p, size, choice, (block - 2) * w);
     }
     for (int64_t i = tid; a.work.chosen && i < most; i += kThreads) {
-      a.work.chosen[row * most + i] = i < size ? tiles.choice.held[i] : -1;
+      a.work.chosen[row * most + i] = i < size ? choice.held[i] : -1;
     }
-    count_filled(tiles.choice.held, size, a.work.slot_count + row);
+    if (tid == 0) a.work.slot_count[row] = filled_slots(choice.held, size);
     __syncthreads();
-    if (block > 0) add_votes<T>(a, c, head, block, tiles);
+    if (block > 0) work.add_votes(a, c, head, block);
     const int64_t begin = block * w > s.start_pos ? block * w : s.start_pos;
     const int64_t end = (block + 1) * w < c.end_pos ? (block + 1) * w : c.end_pos;
     for (int64_t j = tid; j < width; j += kThreads) {
       const bool is_key = j < p.headdim;
-      float sum = tiles.choice.sums[j];
+      float sum = choice.sums[j];
+      DIJIANG_UNROLL(8)
       for (int64_t pos = begin; pos < end; ++pos) {
         const int64_t token = token_of(c, pos);
         sum += is_key ? view_row<T>(p.k, c.batch, head, token)[j]
                       : view_row<T>(p.v, c.batch, head, token)[j - p.headdim];
       }
-      tiles.choice.sums[j] = sum;
+      choice.sums[j] = sum;
     }
     __syncthreads();
   }
   if (p.final.votes == nullptr) return;
   for (int64_t i = tid; i < size + w; i += kThreads) {
-    static_cast<float*>(p.final.votes)[vote + i] = tiles.choice.votes[i];
+    static_cast<float*>(p.final.votes)[vote + i] = choice.votes[i];
   }
   for (int64_t j = tid; j < width; j += kThreads) {
-    static_cast<float*>(p.final.sums)[cell * width + j] = tiles.choice.sums[j];
+    static_cast<float*>(p.final.sums)[cell * width + j] = choice.sums[j];
   }
 }
 
@@ -186,11 +205,15 @@ __global__ void __launch_bounds__(kThreads) choose_hard_keys(Attention a) {
 
 inline size_t leaving_shared(const LinearAttentionParams& p) {
   return (p.cache.most + p.window + 1) * sizeof(double) +
-         (2 * p.cache.most + 2 * p.window) * sizeof(int);
+         (2 * p.cache.most + 2 * p.window + kChoiceWarps) * sizeof(int);
+}
+// Without features nothing is folded.
+__host__ __device__ inline bool lists_leaving(const LinearAttentionParams& p) {
+  return p.num_features > 0 || p.final.cache_decay;
 }
 
-// Lists the keys that leave when each block begins, the slots' first, and writes the final state's
-// slots. Grid: sequence, kv head.
+// Counts the filled slots of each block, lists the keys that leave when it begins, the slots'
+// first, and writes the final state's slots. Grid: sequence, kv head.
 template <class T>
 __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -202,6 +225,8 @@ __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
   auto* held = reinterpret_cast<int*>(after + w + 1);
   int* leaves = held + size;       // (slots + window)
   int* stays = leaves + size + w;  // (window): rows of the block that enter
+  int* counts = stays + w;         // scratch
+  const bool lists = lists_leaving(p);
   const Sequence s = find_sequence(a, n);
   const Chunk c = whole_sequence(a, n, s);
   const Keys<T> keys{a, c, head};
@@ -220,15 +245,20 @@ __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
     const int32_t* now = a.work.slots + row * p.cache.most;
     count_filled(now, size, a.work.slot_count + row);
     if (block < 2 || block * w < s.start_pos) continue;
-    for (int64_t r = tid; r < w; r += kThreads) stays[r] = 0;
+    if (!lists) {
+      if (block < last) continue;
+      for (int64_t i = tid; i < size; i += kThreads) held[i] = now[i];
+      continue;
+    }
+    for (int64_t r = tid; r < w; r += kThreads) {
+      stays[r] = 0;
+      after[r] = 0.0;
+      if (p.log_decay) after[r] = fmax(double(keys.log_decay(leaving + r)), -1e9) * double(kLog2e);
+    }
+    __syncthreads();
     if (tid == 0) {
       after[w] = 0.0;
-      for (int64_t r = w - 1; r >= 0; --r) {
-        after[r] = after[r + 1];
-        if (p.log_decay) {
-          after[r] += fmax(double(keys.log_decay(leaving + r)), -1e9) * double(kLog2e);
-        }
-      }
+      for (int64_t r = w - 1; r >= 0; --r) after[r] += after[r + 1];
     }
     __syncthreads();
     for (int64_t i = tid; i < size; i += kThreads) {
@@ -241,17 +271,16 @@ __global__ void __launch_bounds__(kThreads) list_leaving(Attention a) {
       leaves[size + r] = leaving + r >= p.sinks && !stays[r];
     }
     __syncthreads();
-    for (int64_t i = tid; i < size + w; i += kThreads) {
-      int before = 0;
-      for (int64_t j = 0; j < i; ++j) before += leaves[j];
-      if (i == size + w - 1) a.work.left_count[row] = before + leaves[i];
-      if (!leaves[i]) continue;
-      const bool in_slot = i < size;
-      a.work.left[row * w + before] = {in_slot ? held[i] : static_cast<int>(leaving + i - size),
-                                       in_slot ? static_cast<int>(i) : -1};
-      a.work.left_decay[row * w + before] =
-          static_cast<float>(in_slot ? since[i] : after[i - size + 1]);
-    }
+    const int left = enumerate(
+        static_cast<int>(size + w), counts, [&](int i) { return leaves[i] != 0; },
+        [&](int i, int rank) {
+          const bool in_slot = i < size;
+          a.work.left[row * w + rank] = {in_slot ? held[i] : static_cast<int>(leaving + i - size),
+                                         in_slot ? i : -1};
+          a.work.left_decay[row * w + rank] =
+              static_cast<float>(in_slot ? since[i] : after[i - size + 1]);
+        });
+    if (tid == 0) a.work.left_count[row] = left;
     __syncthreads();
     for (int64_t i = tid; i < size; i += kThreads) {
       if (now[i] >= 0 && now[i] != held[i]) since[i] = after[now[i] - leaving + 1];
@@ -285,11 +314,15 @@ template <class T>
 void launch_hard_keys(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
   const dim3 grid(static_cast<unsigned>(p.num_seqs), static_cast<unsigned>(p.num_kv_heads));
-  if (a.work.chosen || p.final.votes) {
-    const size_t shared = ChoiceTiles::floats(p) * sizeof(float);
-    allow_shared(choose_hard_keys<T>, shared);
-    DIJIANG_LAUNCH((choose_hard_keys<T>), grid, kThreads, shared, stream, a);
+  const bool walks = a.work.chosen || p.final.votes;
+  if (walks && fused_choice_applies(p)) {
+    launch_fused_choice(a, stream);
+  } else if (walks) {
+    using Plain = PlainChoice<T>;
+    allow_shared(choose_hard_keys<Plain>, Plain::bytes(p));
+    DIJIANG_LAUNCH(choose_hard_keys<Plain>, grid, kThreads, Plain::bytes(p), stream, a);
   }
+  if (walks && !lists_leaving(p) && !p.final.cache_position) return;  // the slots are counted
   const size_t shared = leaving_shared(p);
   allow_shared(list_leaving<T>, shared);
   DIJIANG_LAUNCH((list_leaving<T>), grid, kThreads, shared, stream, a);

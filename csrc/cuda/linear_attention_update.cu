@@ -160,18 +160,19 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
   };
   int left = 0;
   if (cached && leaves) {
-    choose(
-        p, static_cast<int>(size), all, tiles.choice,
-        [&](int i) {
-          return Row<T>{candidate(i, cache_k, window_k, d), 1};
-        },
-        [&](int i) {
-          return Row<T>{candidate(i, cache_v, window_v, dv), 1};
-        });
-    for (int i = 0; i < all.count; ++i) {  // every thread alike
-      if (tid == 0 && !tiles.choice.kept[i]) tiles.left[left] = i;
-      left += !tiles.choice.kept[i];
-    }
+    choose(p, static_cast<int>(size), all, tiles.choice, [&](float length, float tokens) {
+      find_novelty(
+          p, all.count, tiles.choice, length, tokens,
+          [&](int i) {
+            return Row<T>{candidate(i, cache_k, window_k, d), 1};
+          },
+          [&](int i) {
+            return Row<T>{candidate(i, cache_v, window_v, dv), 1};
+          });
+    });
+    left = enumerate(
+        all.count, tiles.choice.counts, [&](int i) { return !tiles.choice.kept[i]; },
+        [&](int i, int rank) { tiles.left[rank] = i; });
     __syncthreads();
   }
 
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
         cache_decay[i] = static_cast<float>(held[i] < 0 ? 0.0 : since / double(kLog2e));
       }
       carry_votes(p, size, tiles.choice, begin);
-      while (hard < size && held[hard] >= 0) ++hard;  // none empties
+      hard = filled_slots(held, size);
     }
   }
   __syncthreads();

@@ -4,6 +4,7 @@
 #include <array>
 #include <string>
 
+#include "cuda/fused_choice.cu"
 #include "cuda/fused_forward.cu"
 #include "cuda/fused_near.cu"
 #include "cuda/linear_attention_backward.cu"

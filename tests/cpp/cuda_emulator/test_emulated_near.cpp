@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 
+#include "cuda/fused_choice.cu"
 #include "cuda/fused_forward.cu"
 #include "cuda/fused_near.cu"
 #include "cuda/linear_attention_backward.cu"
@@ -513,7 +514,7 @@ TEST(EmulatedNear, BothPathsAgree) {
     expect_same_bits(state.cache_k, other_state.cache_k);
     expect_same_bits(state.cache_v, other_state.cache_v);
     expect_same_bits(state.cache_position, other_state.cache_position);
-    expect_same_bits(state.votes, other_state.votes);
+    EXPECT_LT(error(emulated::widen(state.votes), emulated::widen(other_state.votes)), 1e-5);
     expect_same_bits(state.length, other_state.length);
   }
 }

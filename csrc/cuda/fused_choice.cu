@@ -1,0 +1,54 @@
+// The choice of hard keys for 16-bit inputs: which calls it takes, and its kernels.
+#include "cuda/fused_choice.h"
+
+#include "cuda/fused_calls.h"
+#include "cuda/fused_votes.h"
+#include "cuda/hard_keys.h"
+
+namespace dijiang::cuda {
+namespace {
+
+// Calls take(work), a pointer to the FusedChoice for the sizes of p; false where there is none.
+template <class T, class Take>
+bool with_choice(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim == 64) {
+    take(static_cast<FusedChoice<T, 64>*>(nullptr));
+  } else if (p.headdim == 128) {
+    take(static_cast<FusedChoice<T, 128>*>(nullptr));
+  } else {
+    return false;
+  }
+  return true;
+}
+template <class Take>
+bool with_choice(const LinearAttentionParams& p, const Take& take) {
+  if (p.dtype == DType::kBFloat16) return with_choice<__nv_bfloat16>(p, take);
+  if (p.dtype == DType::kFloat16) return with_choice<__half>(p, take);
+  return false;
+}
+
+}  // namespace
+
+bool fused_choice_applies(const LinearAttentionParams& p) {
+  if (!fused_switched_on() || p.kind == FeatureKind::kGiven) return false;
+  if (p.headdim_v % 8 != 0 || p.headdim_v > 128) return false;  // novelty's pieces
+  if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
+  if (!state_begins_at_pieces(p.initial)) return false;
+  size_t bytes = 0;
+  const bool has_sizes =
+      with_choice(p, [&](auto* work) { bytes = std::remove_pointer_t<decltype(work)>::bytes(p); });
+  return has_sizes && device_is_sm80() &&
+         static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) >= bytes;
+}
+
+void launch_fused_choice(const Attention& a, cudaStream_t stream) {
+  const LinearAttentionParams& p = a.params;
+  const dim3 grid(static_cast<unsigned>(p.num_seqs), static_cast<unsigned>(p.num_kv_heads));
+  with_choice(p, [&](auto* work) {
+    using Fused = std::remove_pointer_t<decltype(work)>;
+    allow_shared(choose_hard_keys<Fused>, Fused::bytes(p));
+    DIJIANG_LAUNCH(choose_hard_keys<Fused>, grid, kThreads, Fused::bytes(p), stream, a);
+  });
+}
+
+}  // namespace dijiang::cuda
