@@ -2,57 +2,80 @@
 // a (sequence, kv head), so that state and maxima change in one place; the lengths follow in a
 // second kernel, once all blocks have read them.
 #include "cuda/attention_rows.h"
+#include "cuda/fused_calls.h"
 #include "cuda/hard_key_choice.h"
+#include "cuda/row_pieces.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
 namespace dijiang::cuda {
 namespace {
 
 constexpr int kFold = 8;  // keys folded at a time
-constexpr int kWarps = kThreads / 32;
+// How a kernel reads: kHeads query heads of a kv head at once, kWhole: rows in pieces of 16 bytes.
+template <class T, bool kWhole_, int kHeads_>
+struct Reads {
+  static constexpr int kHeads = kHeads_;
+  static constexpr int kWidth = kWhole_ ? kPieceWidth<T> : 1;           // of keys and values
+  static constexpr int kFloatWidth = kWhole_ ? kPieceWidth<float> : 1;  // of omega and the state
+  static constexpr int kColumns = kPieceColumns<kWidth>;
+  static_assert(kColumns == kPieceColumns<kFloatWidth> && kHeads <= kFold);
+};
 
-// Shared memory, in floats.
+// Shared memory, in floats. Pieces first: each begins at a multiple of 4.
 struct UpdateTiles {
-  float* x;        // (kFold, headdim): keys or a query
-  float* phi;      // (kFold, num_features)
+  float* x;        // (kFold, headdim): keys or queries
   float* values;   // (kFold, headdim_v)
+  float* phi;      // (kFold, num_features)
   float* factor;   // (num_features): of the old state
   float* decay;    // (max(window, 1)): of the keys that are folded, up to the last of them
-  float* weights;  // (2 window + sinks + most slots)
-  float* partial;  // (kThreads)
+  float* weights;  // (kHeads, near_keys)
+  float* partial;  // of add_rows
+  float* result;   // (kHeads, kColumns)
+  float* ends;     // (kHeads, 2): factor and scale of a row's outputs
   float* scratch;  // (32)
   // With hard keys.
   Choice choice;  // votes and sums are the state's
   int* left;      // (window): candidates that leave
 
+  // At most.
+  __host__ __device__ static int64_t near_keys(const LinearAttentionParams& p) {
+    return 2 * p.window + p.sinks + p.cache.most;
+  }
+  template <class Read>
   static int64_t floats(const LinearAttentionParams& p) {
     return kFold * (p.headdim + p.num_features + p.headdim_v) + p.num_features +
-           (p.window > 0 ? p.window : 1) + 2 * p.window + p.sinks + p.cache.most + kThreads + 32 +
+           (p.window > 0 ? p.window : 1) + Read::kHeads * (near_keys(p) + Read::kColumns + 2) +
+           kPartialFloats<Read::kWidth, Read::kHeads> + 32 +
            (p.cache.most > 0 ? Choice::floats(p) + p.window : 0);
   }
-  __device__ UpdateTiles(const LinearAttentionParams& p, float* shared) {
+  template <class Read>
+  __device__ void take(const LinearAttentionParams& p, float* shared) {
     x = shared;
-    phi = x + kFold * p.headdim;
-    values = phi + kFold * p.num_features;
-    factor = values + kFold * p.headdim_v;
+    values = x + kFold * p.headdim;
+    phi = values + kFold * p.headdim_v;
+    factor = phi + kFold * p.num_features;
     decay = factor + p.num_features;
     weights = decay + (p.window > 0 ? p.window : 1);
-    partial = weights + 2 * p.window + p.sinks + p.cache.most;
-    scratch = partial + kThreads;
+    partial = weights + Read::kHeads * near_keys(p);
+    result = partial + kPartialFloats<Read::kWidth, Read::kHeads>;
+    ends = result + Read::kHeads * Read::kColumns;
+    scratch = ends + 2 * Read::kHeads;
     if (p.cache.most == 0) return;
     choice.take(p, scratch + 32);
     left = choice.held + p.cache.most;
   }
 };
 
-// phi[r][i] of `rows` rows of x, as compute_features writes them. Barriers before and after.
+// phi[r][i] of `rows` <= kRowsMost rows of x, as compute_features writes them. Barriers before and
+// after.
+template <int kWidth, int kRowsMost>
 __device__ inline void update_features(const LinearAttentionParams& p, const FeatureParams& feature,
-                                       int head, int rows, const UpdateTiles& tiles) {
+                                       int head, int rows, const float* x, float* phi) {
   const int64_t m = p.num_features, d = p.headdim;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();
   if (p.kind == FeatureKind::kGiven) {
-    for (int64_t e = threadIdx.x; e < rows * m; e += kThreads) tiles.phi[e] = tiles.x[e];
+    for (int64_t e = threadIdx.x; e < rows * m; e += kThreads) phi[e] = x[e];
     __syncthreads();
     return;
   }
@@ -60,38 +83,32 @@ __device__ inline void update_features(const LinearAttentionParams& p, const Fea
   const auto* log_weight = static_cast<const float*>(feature.log_weight);
   const auto* beta = static_cast<const float*>(feature.beta);
   const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
-  float norm[kFold];
+  float norm[kRowsMost];
   if (beta) {  // every warp for itself
     for (int r = 0; r < rows; ++r) {
       float sum = 0.0f;
-      for (int64_t k = lane; k < d; k += 32) {
-        sum = fmaf(tiles.x[r * d + k], tiles.x[r * d + k], sum);
-      }
+      for (int64_t k = lane; k < d; k += 32) sum = fmaf(x[r * d + k], x[r * d + k], sum);
       norm[r] = warp_sum(sum) * beta[head] * score_scale(p);
     }
   }
-  for (int64_t i = warp; i < m; i += kWarps) {
-    float sum[kFold] = {};
-    for (int64_t k = lane; k < d; k += 32) {
-      const float w = omega[i * d + k];
-      for (int r = 0; r < rows; ++r) sum[r] = fmaf(w, tiles.x[r * d + k], sum[r]);
-    }
-    const float weight = log_weight ? log_weight[head * m + i] * kLog2e : 0.0f;
-    for (int r = 0; r < rows; ++r) {
-      const float u = warp_sum(sum[r]) * scale;
-      float y = u;
-      if (p.kind == FeatureKind::kExp) {
-        y = u + weight - (beta ? norm[r] : 0.0f);
-      } else if (p.kind == FeatureKind::kElu) {
-        y = (u > 0.0f ? log1pf(u * kLn2) * kLog2e : u) + weight;
-      }
-      if (lane == 0) tiles.phi[r * m + i] = y;
-    }
-  }
+  multiply_rows_by<kWidth, kRowsMost>(
+      x, static_cast<int>(d), static_cast<int>(m), [&](int i) { return omega + i * d; },
+      [&](int i, int r, float sum) {
+        if (r >= rows) return;
+        const float u = sum * scale;
+        const float weight = log_weight ? log_weight[head * m + i] * kLog2e : 0.0f;
+        float y = u;
+        if (p.kind == FeatureKind::kExp) {
+          y = u + weight - (beta ? norm[r] : 0.0f);
+        } else if (p.kind == FeatureKind::kElu) {
+          y = (u > 0.0f ? log1pf(u * kLn2) * kLog2e : u) + weight;
+        }
+        phi[r * m + i] = y;
+      });
   __syncthreads();
   if (p.kind != FeatureKind::kSoftmax) return;
-  for (int r = warp; r < rows; r += kWarps) {
-    float* row = tiles.phi + r * m;
+  for (int r = warp; r < rows; r += kThreads / 32) {
+    float* row = phi + r * m;
     float top = kEmpty, sum = 0.0f;
     for (int64_t i = lane; i < m; i += 32) top = fmaxf(top, row[i]);
     top = warp_max(top);
@@ -105,15 +122,48 @@ __device__ inline void update_features(const LinearAttentionParams& p, const Fea
   __syncthreads();
 }
 
-template <class T, bool kGiven>
-__global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionParams p) {
+// kv = factor kv + sum of `rows` phi values.
+template <int kWidth>
+__device__ inline void fold_values(const LinearAttentionParams& p, const UpdateTiles& tiles,
+                                   int rows, float* kv) {
+  const int64_t m = p.num_features, dv = p.headdim_v;
+  const int pieces = static_cast<int>(dv / kWidth), lanes = lanes_of(pieces);
+  const int part = threadIdx.x / lanes, step = kThreads / lanes;
+  for (int piece = threadIdx.x % lanes; piece < pieces; piece += lanes) {
+    for (int64_t first = part; first < m; first += kPieceRows * step) {
+      float sum[kPieceRows][kWidth];
+      DIJIANG_UNROLL()
+      for (int u = 0; u < kPieceRows; ++u) {
+        const int64_t i = first + u * step;
+        load_piece(sum[u], kv + (i < m ? i : 0) * dv + piece * kWidth);
+      }
+      DIJIANG_UNROLL()
+      for (int u = 0; u < kPieceRows; ++u) {
+        const int64_t i = first + u * step;
+        if (i >= m) continue;
+        DIJIANG_UNROLL()
+        for (int e = 0; e < kWidth; ++e) {
+          float x = sum[u][e] * tiles.factor[i];
+          for (int r = 0; r < rows; ++r) {
+            x = fmaf(tiles.phi[r * m + i], tiles.values[r * dv + piece * kWidth + e], x);
+          }
+          kv[i * dv + piece * kWidth + e] = x;
+        }
+      }
+    }
+  }
+}
+
+template <class T, bool kGiven, class Read>
+__global__ void __launch_bounds__(kThreads, 2) update_attention(LinearAttentionParams p) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  UpdateTiles tiles(p, reinterpret_cast<float*>(raw));
+  UpdateTiles tiles;
+  tiles.take<Read>(p, reinterpret_cast<float*>(raw));
   const int64_t m = p.num_features, d = p.headdim, dv = p.headdim_v, w = p.window, n = p.sinks;
   const int64_t seq = blockIdx.x / p.num_kv_heads;
   const int head = static_cast<int>(blockIdx.x % p.num_kv_heads);
   const int64_t cell = blockIdx.x;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int tid = threadIdx.x, lane = tid % 32;
   const int64_t pos = p.final.length ? p.final.length[seq] : 0;
   auto* kv = static_cast<float*>(p.final.kv) + cell * m * dv;
   auto* z = static_cast<float*>(p.final.z) + cell * m;
@@ -225,7 +275,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
           const int s = s0 + static_cast<int>(e / dv);
           tiles.values[e] = w == 0 ? value[j] : to_float(source(s, cache_v, window_v, dv)[j]);
         }
-        update_features(p, p.fk, head, rows, tiles);
+        update_features<Read::kFloatWidth, kFold>(p, p.fk, head, rows, tiles.x, tiles.phi);
         for (int64_t i = tid; i < m; i += kThreads) {
           // Rounded so that z stays near 1 under any number of mild decays.
           const float whole = z[i] < 1.0f ? floorf(decay) : ceilf(decay);
@@ -246,14 +296,7 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
           scale[i] = top;
         }
         __syncthreads();
-        for (int64_t e = tid; e < m * dv; e += kThreads) {
-          const int64_t i = e / dv, j = e % dv;
-          float sum = kv[e] * tiles.factor[i];
-          for (int r = 0; r < rows; ++r) {
-            sum = fmaf(tiles.phi[r * m + i], tiles.values[r * dv + j], sum);
-          }
-          kv[e] = sum;
-        }
+        fold_values<Read::kFloatWidth>(p, tiles, rows, kv);
         decay = 0.0f;
         s0 += rows;
       } while (s0 < count);
@@ -307,13 +350,16 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
   const int sinks = static_cast<int>(n < pos + 1 ? n : pos + 1);
   const int kept = sinks + static_cast<int>(hard);
   const int near = kept + (w > 0 && window_begin <= pos ? int(pos + 1 - window_begin) : 0);
-  const auto near_row = [&](int s, T* sinks_of, T* slots, T* window, int64_t dim) -> const T* {
+  const int ring = static_cast<int>(2 * w);
+  const int window_slot = w > 0 ? static_cast<int>(window_begin % ring) : 0;
+  const auto near_row = [&](int s, const T* sinks_of, const T* slots, const T* window,
+                            int64_t dim) -> const T* {
     if (s < sinks) return sinks_of + s * dim;
     if (s < kept) return slots + (s - sinks) * dim;
-    return window + (window_begin + s - kept) % (2 * w) * dim;
+    const int at = window_slot + s - kept;
+    return window + (at < ring ? at : at - ring) * dim;
   };
   const auto near_key = [&](int s) { return near_row(s, sink_k, cache_k, window_k, d); };
-  const auto near_value = [&](int s) { return near_row(s, sink_v, cache_v, window_v, dv); };
   float row_decay = 0.0f;  // since the last folded token
   if (has_decay && w > 0 && window_decay) {
     double sum = 0.0;
@@ -324,73 +370,86 @@ __global__ void __launch_bounds__(kThreads) update_attention(LinearAttentionPara
     row_decay = static_cast<float>(sum * double(kLog2e));
   }
 
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  for (int64_t g = 0; g < group; ++g) {
-    const auto query_head = static_cast<int>(head * group + g);
-    const Row<T> query = view_row<T>(p.q, seq, query_head, 0);
-    for (int64_t k = tid; k < d; k += kThreads) tiles.x[k] = query[k];
-    if (m > 0) update_features(p, p.fq, query_head, 1, tiles);
+  const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
+  const int64_t stride = UpdateTiles::near_keys(p);
+  for (int g = 0; g < group; g += Read::kHeads) {
+    const int heads = group - g < Read::kHeads ? group - g : Read::kHeads;
+    const auto first_head = static_cast<int>(head * group + g);
     __syncthreads();
-    float top = kEmpty;
-    for (int s = warp; s < near; s += kWarps) {
-      const T* row = near_key(s);
-      float sum = 0.0f;
-      for (int64_t k = lane; k < d; k += 32) sum = fmaf(tiles.x[k], to_float(row[k]), sum);
-      sum = warp_sum(sum) * score_scale(p);
-      if (lane == 0) tiles.weights[s] = sum;
-      top = fmaxf(top, ceilf(sum));
+    for (int64_t e = tid; e < Read::kHeads * d; e += kThreads) {
+      const auto h = static_cast<int>(e / d);
+      tiles.x[e] = h < heads ? view_row<T>(p.q, seq, first_head + h, 0)[e - h * d] : 0.0f;
     }
-    for (int64_t i = tid; i < m; i += kThreads) {
-      top = fmaxf(top, F::bound(tiles.phi[i], row_decay) + scale[i]);
+    for (int h = 0; m > 0 && h < heads; ++h) {
+      update_features<Read::kFloatWidth, 1>(p, p.fq, first_head + h, 1, tiles.x + h * d,
+                                            tiles.phi + h * m);
     }
-    top = block_max(top, tiles.scratch);
-    if (top < kNone) top = kEmpty;
-    float den = 0.0f;
-    for (int s = tid; s < near; s += kThreads) {
-      tiles.weights[s] = exp2_scaled(tiles.weights[s], -top);
-      den += tiles.weights[s];
-    }
-    if (cached && pos >= w) {
-      const float exact = block_sum(den, tiles.scratch);
-      for (int s = sinks + tid; s < near && exact > 0.0f; s += kThreads) {
-        const int64_t row =
-            s < kept ? -1 : window_begin + s - kept - fold_end;  // of the block before
-        if (row >= w) continue;
-        tiles.choice.votes[s < kept ? s - sinks : size + row] += tiles.weights[s] / exact;
+    __syncthreads();
+    multiply_rows_by<Read::kWidth, Read::kHeads>(
+        tiles.x, static_cast<int>(d), near, near_key,
+        [&](int s, int h, float score) { tiles.weights[h * stride + s] = score * score_scale(p); });
+    __syncthreads();
+    for (int h = 0; h < Read::kHeads; ++h) {
+      float* weights = tiles.weights + h * stride;
+      float* phi = tiles.phi + h * m;
+      if (h >= heads) {  // add_rows does all of them
+        for (int s = tid; s < near; s += kThreads) weights[s] = 0.0f;
+        for (int64_t i = tid; i < m; i += kThreads) phi[i] = 0.0f;
+        continue;
       }
-    }
-    for (int64_t i = tid; i < m; i += kThreads) {
-      const float x = top > kNone ? F::scaled(tiles.phi[i], row_decay, scale[i] - top) : 0.0f;
-      tiles.phi[i] = x;
-      den = fmaf(x, z[i], den);
-    }
-    den = block_sum(den, tiles.scratch);  // its barriers also complete weights and phi
-    const RowEnd end = finish_row(p, den, top);
-    T* out = static_cast<T*>(p.out) + (seq * p.num_heads + query_head) * dv;
-    // Few columns: several threads share one.
-    const int columns = dv == 0 ? 1 : dv < kThreads ? static_cast<int>(dv) : kThreads;
-    const int parts = kThreads / columns, part = tid / columns;
-    for (int64_t j0 = 0; j0 < dv; j0 += columns) {
-      const int64_t j = j0 + tid % columns;
-      float num = 0.0f;
-      if (part < parts && j < dv) {
-        for (int64_t i = part; i < m; i += parts) num = fmaf(tiles.phi[i], kv[i * dv + j], num);
-        for (int s = part; s < near; s += parts) {
-          num = fmaf(tiles.weights[s], to_float(near_value(s)[j]), num);
+      float top = kEmpty;
+      for (int s = tid; s < near; s += kThreads) top = fmaxf(top, ceilf(weights[s]));
+      for (int64_t i = tid; i < m; i += kThreads) {
+        top = fmaxf(top, F::bound(phi[i], row_decay) + scale[i]);
+      }
+      top = block_max(top, tiles.scratch);
+      if (top < kNone) top = kEmpty;
+      float den = 0.0f;
+      for (int s = tid; s < near; s += kThreads) {
+        weights[s] = exp2_scaled(weights[s], -top);
+        den += weights[s];
+      }
+      if (cached && pos >= w) {
+        const float exact = block_sum(den, tiles.scratch);
+        for (int s = sinks + tid; s < near && exact > 0.0f; s += kThreads) {
+          const int64_t row =
+              s < kept ? -1 : window_begin + s - kept - fold_end;  // of the block before
+          if (row >= w) continue;
+          tiles.choice.votes[s < kept ? s - sinks : size + row] += weights[s] / exact;
         }
       }
-      tiles.partial[tid] = num;
-      __syncthreads();
-      if (part == 0 && j < dv) {
-        for (int q = 1; q < parts; ++q) num += tiles.partial[q * columns + tid];
-        out[j] = from_float<T>(row_output(p, num, end, top));
+      for (int64_t i = tid; i < m; i += kThreads) {
+        const float x = top > kNone ? F::scaled(phi[i], row_decay, scale[i] - top) : 0.0f;
+        phi[i] = x;
+        den = fmaf(x, z[i], den);
       }
-      __syncthreads();
-    }
-    if (tid == 0) {
-      const int64_t at = seq * p.num_heads + query_head;
+      den = block_sum(den, tiles.scratch);
+      if (tid != 0) continue;
+      const RowEnd end = finish_row(p, den, top);
+      tiles.ends[2 * h] = end.factor;
+      tiles.ends[2 * h + 1] = top;
+      const int64_t at = seq * p.num_heads + first_head + h;
       if (p.row_scale) static_cast<float*>(p.row_scale)[at] = end.scale;
       if (p.row_sum) static_cast<float*>(p.row_sum)[at] = end.sum;
+    }
+    for (int64_t j0 = 0; j0 < dv; j0 += Read::kColumns) {
+      const int columns = dv - j0 < Read::kColumns ? static_cast<int>(dv - j0) : Read::kColumns;
+      for (int e = tid; e < Read::kHeads * Read::kColumns; e += kThreads) tiles.result[e] = 0.0f;
+      add_rows<Read::kFloatWidth, Read::kHeads>(
+          tiles.phi, m, columns, static_cast<int>(m), [&](int i) { return kv + i * dv + j0; },
+          tiles.partial, tiles.result);
+      add_rows<Read::kWidth, Read::kHeads>(
+          tiles.weights, stride, columns, near,
+          [&](int s) { return near_row(s, sink_v, cache_v, window_v, dv) + j0; }, tiles.partial,
+          tiles.result);
+      for (int e = tid; e < heads * Read::kColumns; e += kThreads) {
+        const int h = e / Read::kColumns, j = e % Read::kColumns;
+        if (j >= columns) continue;
+        const RowEnd end{tiles.ends[2 * h], 0.0f, 0.0f};
+        static_cast<T*>(p.out)[(seq * p.num_heads + first_head + h) * dv + j0 + j] =
+            from_float<T>(row_output(p, tiles.result[e], end, tiles.ends[2 * h + 1]));
+      }
+      __syncthreads();
     }
   }
 }
@@ -400,14 +459,35 @@ __global__ void advance_lengths(int64_t* length, int64_t count) {
   if (n < count) ++length[n];
 }
 
+// Rows of keys, values, omega and state that consist of whole pieces.
+template <class T>
+bool has_whole_rows(const LinearAttentionParams& p) {
+  constexpr int kWidth = kPieceWidth<T>;
+  return p.headdim % kWidth == 0 && p.headdim_v % kWidth == 0 && begins_at_pieces(p.final.kv) &&
+         begins_at_pieces(p.fq.omega) && begins_at_pieces(p.fk.omega) &&
+         state_begins_at_pieces(p.final);
+}
+
+template <class T, bool kGiven, class Read>
+void launch_read(const LinearAttentionParams& p, cudaStream_t stream) {
+  const size_t shared = UpdateTiles::floats<Read>(p) * sizeof(float);
+  allow_shared(update_attention<T, kGiven, Read>, shared);
+  DIJIANG_LAUNCH((update_attention<T, kGiven, Read>),
+                 dim3(static_cast<unsigned>(p.batch * p.num_kv_heads)), kThreads, shared, stream,
+                 p);
+}
+
 template <class T, bool kGiven>
 cudaError_t launch_update(const LinearAttentionParams& p, cudaStream_t stream) {
-  if (p.num_kv_heads > 0) {
-    const size_t shared = UpdateTiles::floats(p) * sizeof(float);
-    allow_shared(update_attention<T, kGiven>, shared);
-    DIJIANG_LAUNCH((update_attention<T, kGiven>),
-                   dim3(static_cast<unsigned>(p.batch * p.num_kv_heads)), kThreads, shared, stream,
-                   p);
+  using Grouped = Reads<T, true, 4>;
+  const auto grouped = static_cast<int64_t>(UpdateTiles::floats<Grouped>(p) * sizeof(float));
+  if (p.num_kv_heads > 0 && !has_whole_rows<T>(p)) {
+    launch_read<T, kGiven, Reads<T, false, 1>>(p, stream);
+  } else if (p.num_heads > p.num_kv_heads &&
+             grouped <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+    launch_read<T, kGiven, Grouped>(p, stream);
+  } else if (p.num_kv_heads > 0) {
+    launch_read<T, kGiven, Reads<T, true, 1>>(p, stream);
   }
   if (p.final.length) {
     DIJIANG_LAUNCH(advance_lengths, dim3(static_cast<unsigned>((p.batch + 127) / 128)), 128, 0,
