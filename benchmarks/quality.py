@@ -64,6 +64,7 @@ TEXT = TRAINED | {"lm_weight": 1.0, "kl_weight": 0.0}  # by the next token, not 
 LONG = {"tokens": 299008, "length": 2048}  # as many as 30 minutes are meant to be enough for
 # Many hard keys lose nothing in rows of 2048, so there is nothing to learn in them.
 LONG_ROWS = {"tokens": 131072, "length": 4096}
+LONGER_ROWS = {"tokens": 299008, "length": 4096}
 # Far keys do harm beyond the length that they were trained on.
 FAR_ROWS = {"tokens": 65536, "length": 8192}
 # Features and gates learn to give softmax attention's outputs.
@@ -130,6 +131,9 @@ RECIPES: dict[str, Recipe] = {
     "hard 336, spread, trained": Recipe(exact(cache_size=336), spread="head", train=TRAINED),
     "hard 336, spread, trained long": Recipe(
         exact(cache_size=336), spread="head", train=LONG_ROWS, note="on rows of 4096"
+    ),
+    "hard 336, spread, trained longer": Recipe(
+        exact(cache_size=336), spread="head", train=LONGER_ROWS, note="on rows of 4096"
     ),
 }
 

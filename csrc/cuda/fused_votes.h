@@ -134,9 +134,9 @@ struct FusedChoice {
     int sinks, hard, all;
     int voted;  // index behind the last key that gets votes: those of the block before
 
-    // Of a key, its position behind the first query; what is before has 0.
+    // Of a key, its position behind the first query; what is before has 0, what is behind all keys
+    // the place of a later token.
     __device__ int behind(int i) const {
-      if (i >= all) return 1 << 30;
       const int64_t pos = i < sinks          ? i
                           : i < sinks + hard ? begin
                                              : window_begin + i - sinks - hard;

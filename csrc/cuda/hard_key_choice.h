@@ -145,8 +145,7 @@ __device__ inline void keep_best(int n, int wanted, const Choice& choice, Score 
     have = count;
   }
   __syncthreads();
-  if (least == 0) least = 1;  // there are not as many
-  if (have <= wanted) {
+  if (have <= wanted) {  // least is 0 where there are not as many
     for (int i = tid; i < n; i += kThreads) choice.kept[i] |= orders[i] >= least;
   } else {
     const int more = enumerate(

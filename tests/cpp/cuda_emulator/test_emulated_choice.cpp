@@ -98,6 +98,17 @@ TEST(EmulatedChoice, KeepsAsASortDoes) {
   }
 }
 
+// Ranks over more than one round of the block's threads.
+TEST(EmulatedChoice, OrderOfThreadsKeepsTheSame) {
+  std::mt19937 random(1);
+  std::vector<float> scores(900);
+  for (float& x : scores) x = float(random() % 3);
+  emulated::expect_same_in_any_order([&] {
+    const Indices result = kept(scores, 500);
+    return std::vector<double>(result.begin(), result.end());
+  });
+}
+
 // --- the walk ------------------------------------------------------------------------------------
 
 template <class T>

@@ -241,6 +241,38 @@ void check_updates() {
 TEST(EmulatedUpdate, Float) { check_updates<float>(); }
 TEST(EmulatedUpdate, BFloat16) { check_updates<__nv_bfloat16>(); }
 
+// Rows in whole pieces, read for four query heads of a group at once; more columns than a block
+// sums.
+template <class T>
+void check_grouped_updates() {
+  for (const auto& [heads, kv_heads, dim, dim_v] :
+       std::vector<std::array<int, 4>>{{3, 1, 64, 64}, {12, 2, 16, 136}, {2, 2, 40, 8}}) {
+    Problem p;
+    p.heads = heads;
+    p.kv_heads = kv_heads;
+    p.dim = dim;
+    p.dim_v = dim_v;
+    p.scale = 1.0 / std::sqrt(dim);
+    p.seqlen = 40;
+    p.kind = dim == 16 ? FeatureKind::kSoftmax : FeatureKind::kExp;
+    SCOPED_TRACE(name(p));
+    check_split<T>(p, {33}, true);
+    p.window = 6;
+    p.sinks = 2;
+    p.decay = true;
+    p.cache_size = 5;
+    check_split<T>(p, {}, true);
+    p.decay = false;
+    p.features = 0;
+    check_split<T>(p, {21}, true);
+  }
+}
+TEST(EmulatedUpdate, GroupsInPieces) {
+  check_grouped_updates<float>();
+  check_grouped_updates<__nv_bfloat16>();
+  check_grouped_updates<__half>();
+}
+
 TEST(EmulatedUpdate, WideValuesEluAndNoFeatures) {
   Problem p;
   p.kind = FeatureKind::kElu;
