@@ -105,6 +105,9 @@ RECIPES: dict[str, Recipe] = {
         exact(cache_size=64), spread="head", own_text=True, note="what the teacher writes itself"
     ),
     "hard 64, spread, trained": Recipe(exact(cache_size=64), spread="head", train=TRAINED),
+    "hard 64, spread, trained 8192": Recipe(
+        exact(cache_size=64), spread="head", train=FAR_ROWS, note="rows of 8192"
+    ),
     "hard 64, spread, far, trained": Recipe(
         DiJiangConfig(feature_map="learned", cache_size=64, decay="head"),
         spread="head",

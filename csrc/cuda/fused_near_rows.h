@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "cuda/attention_rows.h"
-#include "cuda/fused_tiles.h"
+#include "cuda/fused_seen.h"
 
 namespace dijiang::cuda {
 
@@ -37,17 +37,9 @@ struct NearShape {
       kWanted * (kSharedBytes + 1024) <= kMultiprocessorShared ? kWanted : 2;
 };
 
-// Of two numbers in a register, or of many by | of their tests: whether one is infinite or NaN.
-template <class T>
-__device__ inline unsigned test_finite(unsigned bits) {
-  // The magnitude of what is not finite overflows into the sign.
-  return (bits & 0x7FFF7FFFu) + (std::is_same_v<T, __half> ? 0x04000400u : 0x00800080u);
-}
-__device__ inline bool not_finite(unsigned tests) { return (tests & 0x80008000u) != 0; }
-__device__ inline bool not_finite(float x) { return !(fabsf(x) <= 3.4028235e38f); }
-
+// The walk of one block over the near keys of its queries, whatever is made of them.
 template <class Shape>
-struct NearRows {
+struct NearWalk {
   using T = typename Shape::T;
   static constexpr int kD = Shape::kHeadDim, kV = Shape::kValueDim;
   static constexpr int kGroup = 32;         // keys that are weighed together
@@ -69,12 +61,8 @@ struct NearRows {
   int window_row;    // its own key's place among those of the window
   int low[2];        // the first key of the window that each of them sees, likewise
   unsigned query[kD / 16][4];
-  float out[kV / 8][4];
-  float top[2] = {-INFINITY, -INFINITY};    // r
-  float sum[2] = {0.0f, 0.0f};              // of the weights: a lane's part
-  float den[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of what the products see of them: den[0], den[2]
 
-  __device__ __forceinline__ NearRows(const Attention& attention, const QueryTile& t, char* raw)
+  __device__ __forceinline__ NearWalk(const Attention& attention, const QueryTile& t, char* raw)
       : a(attention),
         shared(reinterpret_cast<T*>(raw)),
         chunk(attention.work.chunks + t.index),
@@ -95,7 +83,6 @@ struct NearRows {
     const int row = row0 + lane / 4;
     row_position = static_cast<int>(first < kFar ? first : kFar) + row;
     window_row = static_cast<int>(first - window_begin) + row;
-    clear(out);
     low[0] = low[1] = 0;
     if (a.params.window == 0) return;
     const int64_t w = a.params.window, block = first / w * w;
@@ -135,19 +122,9 @@ struct NearRows {
     return shared + 2 * Shape::kKeyTile + tile % 2 * Shape::kValueTile;
   }
 
-  // Copies the warp's 16 rows of a tile: row r begins where lane first_lane + r says.
   template <int kWidth>
   __device__ __forceinline__ void copy_rows(T* tile, const T* from, int first_lane, int size) {
-    constexpr int kPieces = kWidth / 8, kStep = 32 / kPieces;
-    const int column = lane % kPieces * 8;
-    DIJIANG_UNROLL()
-    for (int i = 0; i < 16; i += kStep) {
-      const int r = i + lane / kPieces;
-      const auto address = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(from));
-      const auto* row = reinterpret_cast<const T*>(
-          static_cast<uintptr_t>(__shfl_sync(~0u, address, first_lane + r)));
-      copy_async(tile + tile_offset<kWidth>(row0 + r, column), row + column, row0 + r < size);
-    }
+    copy_warp_rows<kWidth>(tile, from, first_lane, row0, size);
   }
 
   // Into the place of the second tile's keys: the same rows, of which each warp fills its own.
@@ -218,20 +195,9 @@ struct NearRows {
     return seen;
   }
 
-  // --- sums --------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void add_tile(int index) {
-    const Tile tile = find_tile(index);
-    const Seen seen = find_seen(tile);
-    DIJIANG_UNROLL(1)
-    for (int s = 0; s < tile.size; s += kGroup) {
-      if (seen.any(s)) add_group(keys(index), values(index), s, seen);
-    }
-  }
-
-  __device__ __forceinline__ void add_group(const T* key_tile, const T* value_tile, int s,
-                                            const Seen& seen) {
-    float x[kGroup / 8][4];
+  // Scores of the queries and of keys [s, s + kGroup) of a tile, base 2.
+  __device__ __forceinline__ void find_scores(float (&x)[kGroup / 8][4], const T* key_tile,
+                                              int s) const {
     clear(x);
     DIJIANG_UNROLL()
     for (int k = 0; k < kD; k += 16) {
@@ -248,6 +214,78 @@ struct NearRows {
       DIJIANG_UNROLL()
       for (int e = 0; e < 4; ++e) x[n][e] *= scale;
     }
+  }
+
+  // --- the walk ----------------------------------------------------------------------------------
+
+  // add(tile) for each tile, with the warp's queries in `query`; not by warps without any.
+  template <class Add>
+  __device__ __forceinline__ void walk(Add add) {
+    const bool has_rows = row0 < rows;
+    const int count = tiles_of(sinks) + tiles_of(hard) + tiles_of(window);
+    load_queries();
+    load_tile(0, hard_position(0));
+    int position = hard_position(1);
+    wait_copies();
+    __syncthreads();
+    take_queries();
+    DIJIANG_UNROLL(1)
+    for (int tile = 0;; ++tile) {
+      const bool more = tile + 1 < count;
+      if (more) load_tile(tile + 1, position);
+      position = hard_position(tile + 2);
+      if (has_rows) add(tile);
+      if (!more) break;
+      // The next tile is there, and nobody reads this one any more.
+      wait_copies();
+      __syncthreads();
+    }
+  }
+};
+
+// The forward's rows.
+template <class Shape>
+struct NearRows : NearWalk<Shape> {
+  using Walk = NearWalk<Shape>;
+  using typename Walk::Seen;
+  using typename Walk::T;
+  using typename Walk::Tile;
+  using Walk::a;
+  using Walk::chunk;
+  using Walk::first_column;
+  using Walk::first_row;
+  using Walk::head;
+  using Walk::kGroup;
+  using Walk::kV;
+  using Walk::lane;
+  using Walk::row0;
+  using Walk::rows;
+
+  float out[kV / 8][4];
+  float top[2] = {-INFINITY, -INFINITY};    // r
+  float sum[2] = {0.0f, 0.0f};              // of the weights: a lane's part
+  float den[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of what the products see of them: den[0], den[2]
+
+  __device__ __forceinline__ NearRows(const Attention& attention, const QueryTile& t, char* raw)
+      : Walk(attention, t, raw) {
+    clear(out);
+  }
+
+  // --- sums --------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void add_tile(int index) {
+    const Tile tile = this->find_tile(index);
+    const Seen seen = this->find_seen(tile);
+    DIJIANG_UNROLL(1)
+    for (int s = 0; s < tile.size; s += kGroup) {
+      if (seen.any(s)) add_group(this->keys(index), this->values(index), s, seen);
+    }
+  }
+
+  __device__ __forceinline__ void add_group(const T* key_tile, const T* value_tile, int s,
+                                            const Seen& seen) {
+    float x[kGroup / 8][4];
+    this->find_scores(x, key_tile, s);
     const bool full = seen.all(s, kGroup);
     if (!full) {
       DIJIANG_UNROLL()
@@ -263,21 +301,12 @@ struct NearRows {
     weigh(x);
     DIJIANG_UNROLL()
     for (int n = 0; n < kGroup; n += 16) {
-      const float(&w0)[4] = x[n / 8], (&w1)[4] = x[n / 8 + 1];
-      const unsigned w[4] = {pack<T>(w0[0], w0[1]), pack<T>(w0[2], w0[3]), pack<T>(w1[0], w1[1]),
-                             pack<T>(w1[2], w1[3])};
+      unsigned w[4];
+      pack_left<T>(w, x[n / 8], x[n / 8 + 1]);
       const unsigned ones = pack<T>(1.0f, 1.0f);
       multiply_add<T>(den, w, ones, ones);
-      // 0 times infinity would show to rows that do not see the key.
-      const bool apart = !full && !seen.all(s + n, 16) && any_not_finite(value_tile, s + n);
-      DIJIANG_UNROLL()
-      for (int j = 0; j < kV; j += 16) {
-        unsigned b[4];
-        load_right_transposed<kV>(b, value_tile, j, s + n);
-        if (apart) keep_finite(b);
-        multiply_add_16<T>(out[j / 8], out[j / 8 + 1], w, b);
-      }
-      if (apart) add_not_finite(value_tile, s + n, seen, w);
+      add_seen<kV>(out, w, value_tile, s + n, full || seen.all(s + n, 16),
+                   [&](int half, int key) { return seen.sees(half, key); });
     }
   }
 
@@ -326,51 +355,6 @@ struct NearRows {
     }
   }
 
-  // --- values that are not finite, beside rows that do not see them ------------------------------
-
-  // Of values [s, s + 16).
-  __device__ __forceinline__ static bool any_not_finite(const T* tile, int s) {
-    unsigned tests = 0;
-    DIJIANG_UNROLL()
-    for (int j = 0; j < kV; j += 16) {
-      unsigned b[4];
-      load_right_transposed<kV>(b, tile, j, s);
-      DIJIANG_UNROLL()
-      for (int r = 0; r < 4; ++r) tests |= test_finite<T>(b[r]);
-    }
-    return __any_sync(~0u, not_finite(tests));
-  }
-  __device__ __forceinline__ static void keep_finite(unsigned (&b)[4]) {
-    DIJIANG_UNROLL()
-    for (int r = 0; r < 4; ++r) {
-      const unsigned bad = test_finite<T>(b[r]) & 0x80008000u;
-      b[r] &= ~((bad >> 15) * 0xFFFFu);
-    }
-  }
-  // w v of the others, for the rows that see them.
-  __device__ __forceinline__ void add_not_finite(const T* tile, int s, const Seen& seen,
-                                                 const unsigned (&w)[4]) {
-    DIJIANG_UNROLL(1)
-    for (int key = 0; key < 16; ++key) {
-      const int source = lane / 4 * 4 + key % 8 / 2;
-      DIJIANG_UNROLL()
-      for (int half = 0; half < 2; ++half) {
-        const unsigned pair = __shfl_sync(~0u, key < 8 ? w[half] : w[2 + half], source);
-        const Pair<T> weights = unpack<T>(pair);
-        const float weight = key % 2 == 0 ? weights.first : weights.second;
-        if (!seen.sees(half, s + key)) continue;
-        DIJIANG_UNROLL()
-        for (int n = 0; n < kV / 8; ++n) {
-          DIJIANG_UNROLL()
-          for (int e = 0; e < 2; ++e) {
-            const float v = to_float(tile[tile_offset<kV>(s + key, 8 * n + 2 * (lane % 4) + e)]);
-            if (not_finite(v)) out[n][2 * half + e] += weight * v;
-          }
-        }
-      }
-    }
-  }
-
   // --- rows --------------------------------------------------------------------------------------
 
   // One of the lane's two rows: outputs, 16 bytes a lane, and statistics.
@@ -408,29 +392,9 @@ struct NearRows {
     if (p.row_sum) static_cast<float*>(p.row_sum)[at] = saved.sum;
   }
 
-  // --- the walk ----------------------------------------------------------------------------------
-
   __device__ __forceinline__ void run() {
-    const bool has_rows = row0 < rows;
-    const int count = tiles_of(sinks) + tiles_of(hard) + tiles_of(window);
-    load_queries();
-    load_tile(0, hard_position(0));
-    int position = hard_position(1);
-    wait_copies();
-    __syncthreads();
-    take_queries();
-    DIJIANG_UNROLL(1)
-    for (int tile = 0;; ++tile) {
-      const bool more = tile + 1 < count;
-      if (more) load_tile(tile + 1, position);
-      position = hard_position(tile + 2);
-      if (has_rows) add_tile(tile);
-      if (!more) break;
-      // The next tile is there, and nobody reads this one any more.
-      wait_copies();
-      __syncthreads();
-    }
-    if (!has_rows) return;
+    this->walk([&](int tile) { add_tile(tile); });
+    if (row0 >= rows) return;
     write_row(0);
     write_row(1);
   }

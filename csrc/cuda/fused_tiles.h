@@ -47,6 +47,23 @@ __device__ inline void load_right_transposed(unsigned (&b)[4], const T* tile, in
   load_transposed(b, tile + tile_offset<kWidth>(k + lane % 16, column + lane / 16 * 8));
 }
 
+// Copies the warp's rows [row0, row0 + 16) of a tile: row row0 + r begins where lane first_lane + r
+// says. Rows from `size` on: zeros.
+template <int kWidth, class T>
+__device__ __forceinline__ void copy_warp_rows(T* tile, const T* from, int first_lane, int row0,
+                                               int size) {
+  constexpr int kPieces = kWidth / 8, kStep = 32 / kPieces;
+  const int lane = threadIdx.x % 32, column = lane % kPieces * 8;
+  DIJIANG_UNROLL()
+  for (int i = 0; i < 16; i += kStep) {
+    const int r = i + lane / kPieces;
+    const auto address = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(from));
+    const auto* row = reinterpret_cast<const T*>(
+        static_cast<uintptr_t>(__shfl_sync(~0u, address, first_lane + r)));
+    copy_async(tile + tile_offset<kWidth>(row0 + r, column), row + column, row0 + r < size);
+  }
+}
+
 template <int kTiles>
 __device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
   DIJIANG_UNROLL()

@@ -6,6 +6,7 @@
 #include "cuda/backward_hard.h"
 #include "cuda/backward_near.h"
 #include "cuda/backward_parameters.h"
+#include "cuda/fused_near_backward.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
 namespace dijiang::cuda {
@@ -46,8 +47,6 @@ void launch_near(const Backward& b, cudaStream_t stream) {
     allow_shared(grad_near_keys<T, kColumns, true>, shared);
     DIJIANG_LAUNCH((grad_near_keys<T, kColumns, true>), dim3(tiles, narrow(p.num_heads), columns),
                    kThreads, shared, stream, b);
-    DIJIANG_LAUNCH(sum_sink_gradients, dim3(narrow(p.num_seqs * p.sinks), narrow(p.num_kv_heads)),
-                   kThreads, 0, stream, b);
   }
 }
 
@@ -134,10 +133,16 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
                    b);
   }
   if (w.near_q) {
-    if (p.headdim <= 64 && p.headdim_v <= 64) {
+    if (fused_near_backward_applies(b.params)) {
+      launch_fused_near_backward(b, stream);
+    } else if (p.headdim <= 64 && p.headdim_v <= 64) {
       launch_near<T, 64>(b, stream);
     } else {
       launch_near<T, 128>(b, stream);
+    }
+    if (p.sinks > 0) {
+      DIJIANG_LAUNCH(sum_sink_gradients, dim3(narrow(p.num_seqs * p.sinks), narrow(p.num_kv_heads)),
+                     kThreads, 0, stream, b);
     }
   }
   if (p.num_features > 0) launch_far<T, kGiven>(b, stream);

@@ -394,6 +394,7 @@ inline void launch(const char* name, dim3 grid, dim3 threads, size_t shared_byte
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 #define __shared__ static  // static shared memory: shared by the fibers, but not poisoned
 #define __syncthreads() cuda_emulator::sync_block(__FILE__, __LINE__)
 
