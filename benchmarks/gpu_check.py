@@ -373,7 +373,7 @@ def far_problems() -> Iterator[Problem]:
 
 
 def near_problems() -> Iterator[Problem]:
-    """No far keys, sizes that the fused near forward takes."""
+    """No far keys, sizes that the fused near forward and backward take."""
     for dim, near, options in (
         (64, (64, 4), {}),
         (64, (64, 4, 64), {}),
