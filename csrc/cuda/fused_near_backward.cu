@@ -125,8 +125,7 @@ __global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks)
     const int64_t end = (block + 1) * p.window < c.end_pos ? (block + 1) * p.window : c.end_pos;
     grads.add_queries(head * a.group, a.group, begin, end);
   }
-  DIJIANG_UNROLL()
-  for (int half = 0; half < 2; ++half) grads.flush(half, held[half]);
+  // What the first block's slots hold is from before the call.
 }
 
 // --- what applies --------------------------------------------------------------------------------
