@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Mapping
@@ -79,6 +80,7 @@ class Recipe:
     spread: str = ""  # the hard keys: by "head" or by "layer"
     calibrate: bool = False
     heavy_hitters: bool = False  # in the place of our hard keys
+    repeats: bool = False  # trained on rows that repeat passages of themselves
     own_text: bool = False  # spread on what the teacher writes itself
     softmax: bool = False  # measured as the softmax model that the trained weights make
     train: Mapping[str, Any] = field(default_factory=dict)  # distill's arguments; none: untrained
@@ -138,6 +140,9 @@ RECIPES: dict[str, Recipe] = {
     "hard 336, spread, trained longer": Recipe(
         exact(cache_size=336), spread="head", train=LONGER_ROWS, note="on rows of 4096"
     ),
+    "hard 336, spread, trained on repeats": Recipe(
+        exact(cache_size=336), spread="head", train=LONGER_ROWS, repeats=True, note="rows of 4096"
+    ),
 }
 
 
@@ -177,6 +182,7 @@ class Bench:
         if saved:  # whole or not at all
             partial = saved.with_name(f"{saved.name}.partial")
             model.save_pretrained(partial)
+            shutil.rmtree(saved, ignore_errors=True)  # of a run that was cut off while measuring
             partial.rename(saved)
         settings = None if config is None else config.to_dict()
         same = before and not recipe.train and before["config"] == settings
@@ -217,6 +223,8 @@ class Bench:
             if "transfer_tokens" in wanted:
                 wanted["transfer_tokens"] = wanted["tokens"]
             rows = data.cut(self.train, wanted.pop("length"))
+            if recipe.repeats:
+                rows = data.with_repeats(rows)
             done = distill(model, rows, teacher=self.base, **wanted)
             training |= {"tokens": wanted["tokens"], "start": done.start}
             training["losses"] = [round(row["loss"], 5) for row in done.history]

@@ -199,3 +199,35 @@ def test_written_by_refuses():
     model.generation_config.bos_token_id = None
     with pytest.raises(data.DataError, match="bos_token_id"):
         data.written_by(model, 1, 8)
+
+
+def test_repeats_are_copies_of_the_first_half():
+    rows = torch.arange(3 * 100).view(3, 100)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    repeated = data.with_repeats(rows, 8)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(rows, torch.arange(300).view(3, 100))  # those given are left as they were
+
+    copied = (repeated != rows).any(0)
+    begins = range(58, 93, 16)
+    assert copied.nonzero().flatten().tolist() == [b + i for b in begins for i in range(8)]
+    places = set()
+    for row, source in zip(repeated, rows, strict=True):
+        for begin in begins:
+            place = int(row[begin] - source[0])
+            places.add(place)
+            assert 0 <= place <= 50 - 8
+            assert torch.equal(row[begin : begin + 8], source[place : place + 8])
+    assert len(places) > 5
+    assert torch.equal(data.with_repeats(rows, 8), repeated)
+    assert not torch.equal(data.with_repeats(rows, 8, seed=1), repeated)
+
+
+def test_repeats_refuse():
+    with pytest.raises(data.DataError, match=r"rows must be \(rows, seqlen\), got \(100,\)"):
+        data.with_repeats(torch.arange(100))
+    for passage in (0, 26):
+        with pytest.raises(data.DataError, match=f"a row's 100 tokens, got {passage}"):
+            data.with_repeats(torch.zeros(1, 100, dtype=torch.int64), passage)

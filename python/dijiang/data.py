@@ -107,6 +107,43 @@ def cut(
     return tokens[: count * length].view(count, length)
 
 
+def with_repeats(rows: torch.Tensor, passage: int = 64, *, seed: int = 0) -> torch.Tensor:
+    """Rows whose second half repeats passages of the first, for training what recalls from afar.
+
+    Little in a row of prose needs a token from thousands before it. Here every other passage of the
+    second half is a copy of one of the first half, at a place drawn at random, so that a model that
+    kept the tokens knows how it goes on.
+
+    Args:
+        rows: token ids, int64 (rows, seqlen).
+        passage: tokens that are copied in one piece, at most a quarter of seqlen.
+        seed: of the places; torch's own generator is left as it was.
+
+    Returns:
+        int64 (rows, seqlen), a copy.
+
+    Raises:
+        DataError: rows is not a matrix, or no passage of that size fits.
+
+    >>> data.with_repeats(torch.arange(16)[None], 4)
+    tensor([[ 0,  1,  2,  3,  4,  5,  6,  7,  8,  9, 10, 11,  4,  5,  6,  7]])
+    """
+    if rows.ndim != 2:
+        raise DataError(f"with_repeats: rows must be (rows, seqlen), got {tuple(rows.shape)}")
+    length = rows.shape[1]
+    if not 1 <= passage <= length // 4:
+        raise DataError(
+            f"with_repeats: passage must be 1 to a quarter of a row's {length} tokens, got {passage}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    repeated, half = rows.clone(), length // 2
+    for row, source in zip(repeated, rows, strict=True):
+        for begin in range(half + passage, length - passage + 1, 2 * passage):
+            place = int(torch.randint(half - passage + 1, (), generator=generator))
+            row[begin : begin + passage] = source[place : place + passage]
+    return repeated
+
+
 @torch.no_grad()
 def written_by(
     model, rows: int, length: int, *, batch_size: int = 8, temperature: float = 1.0, seed: int = 0,
