@@ -125,7 +125,7 @@ def with_repeats(rows: torch.Tensor, passage: int = 64, *, seed: int = 0) -> tor
     Raises:
         DataError: rows is not a matrix, or no passage of that size fits.
 
-    >>> data.with_repeats(torch.arange(16)[None], 4)
+    >>> dijiang.data.with_repeats(torch.arange(16)[None], 4)
     tensor([[ 0,  1,  2,  3,  4,  5,  6,  7,  8,  9, 10, 11,  4,  5,  6,  7]])
     """
     if rows.ndim != 2:
@@ -133,7 +133,8 @@ def with_repeats(rows: torch.Tensor, passage: int = 64, *, seed: int = 0) -> tor
     length = rows.shape[1]
     if not 1 <= passage <= length // 4:
         raise DataError(
-            f"with_repeats: passage must be 1 to a quarter of a row's {length} tokens, got {passage}"
+            f"with_repeats: passage must be 1 to a quarter of a row's {length} tokens, "
+            f"got {passage}"
         )
     generator = torch.Generator().manual_seed(seed)
     repeated, half = rows.clone(), length // 2
