@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(Backward b) {
     if (lane == 0) {
       b.work.delta[row] = delta;
       b.work.inverse[row] = 1.0f / static_cast<const float*>(p.row_sum)[row];
-      b.work.unsafe[row] = top - saved_scale(b, row) > kSafeExponent;
+      if (a.has_inner) b.work.unsafe[row] = top - saved_scale(b, row) > kSafeExponent;
     }
   }
 }

@@ -126,13 +126,15 @@ __device__ inline float round_whole(float x) {
   return fabsf(x) < 8388608.0f ? __fadd_rn(__fadd_rn(x, big), -big) : x;
 }
 
-// 2^(x + shift) for a whole shift, as exp2_scaled, of exponents that do not exceed 0 (but by the
-// rounding of exponents beyond 2^24).
+// 2^(x + shift) for a whole shift, as exp2_scaled, of exponents that do not exceed kMost - 1 (but
+// by the rounding of exponents beyond 2^24).
+template <int kMost = 1>
 __device__ inline float exp2_below(float x, float shift) {
+  static_assert(kMost <= 126);
   const float whole = round_whole(x), e = whole + shift;
   const float fraction = fast_exp2(x - whole);
   // A whole number added to 1.5 2^23 stands in the lowest bits.
-  const int bits = __float_as_int(__fadd_rn(fminf(fmaxf(e, -125.0f), 1.0f), 12582912.0f));
+  const int bits = __float_as_int(__fadd_rn(fminf(fmaxf(e, -125.0f), float(kMost)), 12582912.0f));
   const float y = fraction * __int_as_float((bits << 23) + 0x3F800000);  // a NaN stays one
   return e < -125.0f ? 0.0f : y;
 }

@@ -240,6 +240,72 @@ struct Walk {
 
   // --- keys --------------------------------------------------------------------------------------
 
+  // Of the rows that are kept, the largest exponent of each feature: the warp's part of M'.
+  __device__ __forceinline__ void find_maxima(const float (&a)[kM / 8][4], const bool (&kept)[2]) {
+    float most[kM / 8][2];
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 2; ++e) {
+        most[t][e] = fmaxf(kept[0] ? a[t][e] : kEmpty, kept[1] ? a[t][2 + e] : kEmpty);
+      }
+    }
+    const int tile = max_over_rows<kM / 8>(most);
+    float* maxima = at<float>(Shared::maxima) + warp * kM;
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 64; ++t) {
+      maxima[(tile + t) * 8 + 2 * (lane % 4)] = most[t][0];
+      maxima[(tile + t) * 8 + 2 * (lane % 4) + 1] = most[t][1];
+    }
+  }
+
+  // From all maxima: M', and what state and z are multiplied by to refer to it, once decayed so
+  // far. Every warp for itself: they all write the same numbers.
+  __device__ __forceinline__ void raise_tops(bool decays, float by) {
+    for (int i = lane; i < kM; i += 32) {
+      float most = kEmpty;
+      for (int w = 0; w < kWalkWarps; ++w) {
+        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
+      }
+      float before = at<float>(Shared::scale)[i], decayed = 1.0f;
+      if (decays) {
+        float rest = at<float>(Shared::rest)[i];
+        const DecayStep step = step_decay(by, rest);
+        before = fmaxf(before + step.whole, kEmpty);
+        decayed = step.factor;
+        at<float>(Shared::next_rest)[i] = rest;
+      }
+      const float most_of_all = fmaxf(before, ceilf(most));
+      const float times = scale2(decayed, before - most_of_all);
+      at<float>(Shared::top)[i] = most_of_all;
+      at<float>(Shared::factor)[i] = times;
+      at<float>(Shared::top_z)[i] = at<float>(Shared::z)[i] * times;
+    }
+    __syncwarp();
+  }
+
+  // 2^(a - M') to shared memory, after weigh(half, it).
+  template <class Weigh>
+  __device__ __forceinline__ void write_features(const float (&a)[kM / 8][4], const Weigh& weigh) {
+    const float* top = at<float>(Shared::top);
+    auto* features = at<__nv_bfloat16>(Shared::features);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      const float top0 = top[column], top1 = top[column + 1];
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        const Split<kParts> x(weigh(half, exp2_below(a[t][2 * half], -top0)),
+                              weigh(half, exp2_below(a[t][2 * half + 1], -top1)));
+        DIJIANG_UNROLL()
+        for (int part = 0; part < kParts; ++part) {
+          store_pair(features + part * kTileRows * kM, row0 + lane / 4 + 8 * half, column,
+                     x.part[part]);
+        }
+      }
+    }
+  }
+
   // From the keys' tile: M', what state and z are multiplied by to refer to it, and the features
   // 2^(a - M') in shared memory; likewise the state, for rows to read. between: called when all
   // warps are done with what they did before.
@@ -265,66 +331,14 @@ struct Walk {
         }
       }
     }
-    {
-      float most[kM / 8][2];
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; ++t) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          most[t][e] = fmaxf(kept[0] ? a[t][e] : kEmpty, kept[1] ? a[t][2 + e] : kEmpty);
-        }
-      }
-      const int tile = max_over_rows<kM / 8>(most);
-      float* maxima = at<float>(Shared::maxima) + warp * kM;
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 64; ++t) {
-        maxima[(tile + t) * 8 + 2 * (lane % 4)] = most[t][0];
-        maxima[(tile + t) * 8 + 2 * (lane % 4) + 1] = most[t][1];
-      }
-    }
+    find_maxima(a, kept);
     __syncthreads();
     between();
 
-    // Every warp for itself: they all write the same numbers.
-    float* top = at<float>(Shared::top);
-    float* factor = at<float>(Shared::factor);
-    for (int i = lane; i < kM; i += 32) {
-      float most = kEmpty;
-      for (int w = 0; w < kWalkWarps; ++w) {
-        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
-      }
-      float before = at<float>(Shared::scale)[i], decayed = 1.0f;
-      if (mode.decayed) {
-        float rest = at<float>(Shared::rest)[i];
-        const DecayStep step = step_decay(static_cast<float>(levels[mode.last]), rest);
-        before = fmaxf(before + step.whole, kEmpty);
-        decayed = step.factor;
-        at<float>(Shared::next_rest)[i] = rest;
-      }
-      const float most_of_all = fmaxf(before, ceilf(most));
-      const float times = scale2(decayed, before - most_of_all);
-      top[i] = most_of_all;
-      factor[i] = times;
-      at<float>(Shared::top_z)[i] = at<float>(Shared::z)[i] * times;
-    }
-    __syncwarp();
-
-    auto* features = at<__nv_bfloat16>(Shared::features);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
-      const float top0 = top[column], top1 = top[column + 1];
-      DIJIANG_UNROLL()
-      for (int half = 0; half < 2; ++half) {
-        const Split<kParts> x(kept[half] ? exp2_below(a[t][2 * half], -top0) : 0.0f,
-                              kept[half] ? exp2_below(a[t][2 * half + 1], -top1) : 0.0f);
-        DIJIANG_UNROLL()
-        for (int part = 0; part < kParts; ++part) {
-          store_pair(features + part * kTileRows * kM, row[half], column, x.part[part]);
-        }
-      }
-    }
+    raise_tops(mode.decayed, mode.decayed ? static_cast<float>(levels[mode.last]) : 0.0f);
+    write_features(a, [&](int half, float x) { return kept[half] ? x : 0.0f; });
     if (kRows && for_rows) {
+      const float* factor = at<float>(Shared::factor);
       auto* readable = at<__nv_bfloat16>(Shared::state);
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; ++t) {
@@ -589,7 +603,9 @@ struct Walk {
 
   // --- state -------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void update_state(int first, bool decayed) {
+  // weigh: what a token's features count in z.
+  template <class Weigh>
+  __device__ __forceinline__ void update_state(int first, bool decayed, const Weigh& weigh) {
     const auto* factor = at<float>(Shared::factor);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
@@ -639,7 +655,8 @@ struct Walk {
           DIJIANG_UNROLL()
           for (int part = 0; part < kParts; ++part) {
             const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[part][r]);
-            sums[(i / 8 + r / 2) % kOwn] += x.first + x.second;
+            const int token_ = s + r % 2 * 8 + 2 * (lane % 4);
+            sums[(i / 8 + r / 2) % kOwn] += x.first * weigh(token_) + x.second * weigh(token_ + 1);
           }
         }
       }
@@ -660,41 +677,36 @@ struct Walk {
   __device__ __forceinline__ int64_t element(int64_t cell, int i, int n) const {
     return (cell * kM + i) * params().headdim_v + first_column + state_row(n);
   }
-  // cell: of (sequence or part, kv head). Null kv: empty.
-  __device__ __forceinline__ void read_state(const float* kv, const float* z, const float* scale,
-                                             int64_t cell) {
+  // use(place in kv, feature, element): of every element of the lane's.
+  template <class Self, class Use>
+  __device__ __forceinline__ static void each_element_of(Self& self, int64_t cell, const Use& use) {
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       DIJIANG_UNROLL()
       for (int n = 0; n < 2 * kStateTiles; ++n) {
         DIJIANG_UNROLL()
         for (int e = 0; e < 2; ++e) {
-          const int i = 8 * t + 2 * (lane % 4) + e;
-          state[n / 2][t][n % 2 * 2 + e] = kv ? kv[element(cell, i, n)] : 0.0f;
+          const int i = 8 * t + 2 * (self.lane % 4) + e;
+          use(self.element(cell, i, n), i, self.state[n / 2][t][n % 2 * 2 + e]);
         }
       }
     }
+  }
+  // cell: of (sequence or part, kv head). Null kv: empty.
+  __device__ __forceinline__ void read_state(const float* kv, const float* z, const float* scale,
+                                             int64_t cell) {
+    each_element_of(*this, cell, [&](int64_t place, int, float& x) { x = kv ? kv[place] : 0.0f; });
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const float x = kv ? z[cell * kM + i] : 0.0f;
+      const float x = z ? z[cell * kM + i] : 0.0f;
       at<float>(Shared::z)[i] = x;
-      at<float>(Shared::scale)[i] = kv ? scale[cell * kM + i] : kEmpty;
-      at<float>(Shared::rest)[i] = kv && !(x < 1.0f) ? 0.999f : 0.0f;
+      at<float>(Shared::scale)[i] = scale ? scale[cell * kM + i] : kEmpty;
+      at<float>(Shared::rest)[i] = z && !(x < 1.0f) ? 0.999f : 0.0f;
     }
   }
   // After a barrier behind the last update.
   __device__ __forceinline__ void write_state(float* kv, float* z, float* scale,
                                               int64_t cell) const {
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2 * kStateTiles; ++n) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const int i = 8 * t + 2 * (lane % 4) + e;
-          kv[element(cell, i, n)] = state[n / 2][t][n % 2 * 2 + e];
-        }
-      }
-    }
+    each_element_of(*this, cell, [&](int64_t place, int, float x) { kv[place] = x; });
     if (first_column != 0) return;
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
       z[cell * kM + i] = at<float>(Shared::z)[i];
@@ -797,11 +809,11 @@ struct Walk {
       }
       ++h;
     }
-    update_state(first, mode.decayed);
+    update_state(first, mode.decayed, [](int) { return 1.0f; });
   }
 
   // Bit r: row r. A warp's ballots have row g at bit 4 g, row g + 8 at bit 4 g + 2.
-  __device__ __forceinline__ unsigned long long failed_rows(const unsigned* places) const {
+  __device__ __forceinline__ static unsigned long long failed_rows(const unsigned* places) {
     unsigned long long all = 0;
     for (int w = 0; w < kWalkWarps; ++w) {
       const unsigned bits = places[w];

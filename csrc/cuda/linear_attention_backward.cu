@@ -6,6 +6,7 @@
 #include "cuda/backward_hard.h"
 #include "cuda/backward_near.h"
 #include "cuda/backward_parameters.h"
+#include "cuda/fused_far_backward.h"
 #include "cuda/fused_near_backward.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
@@ -178,6 +179,7 @@ cudaError_t backward_kind(const Backward& b, cudaStream_t stream) {
 
 size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& params) {
   if (params.forward.num_kv_heads == 0) return 0;
+  if (fused_far_backward_applies(params)) return fused_far_backward_workspace(params);
   Arena arena(nullptr);
   plan_backward(params, arena);
   return arena.used();
@@ -187,6 +189,7 @@ cudaError_t linear_attention_backward(const LinearAttentionBackwardParams& param
                                       cudaStream_t stream) {
   if (const cudaError_t error = check_attention(params.forward); error != cudaSuccess) return error;
   if (params.forward.num_kv_heads == 0) return cudaSuccess;  // no gradient has elements
+  if (fused_far_backward_applies(params)) return fused_far_backward(params, stream);
   Arena arena(params.workspace);
   Backward b = plan_backward(params, arena);
   b.forward.params.final = AttentionState{};  // the scan must not write it

@@ -5,17 +5,19 @@
 #include <string>
 
 #include "cuda/fused_choice.cu"
+#include "cuda/fused_far_backward.cu"
 #include "cuda/fused_forward.cu"
 #include "cuda/fused_near.cu"
 #include "cuda/fused_near_backward.cu"
 #include "cuda/linear_attention_backward.cu"
 #include "cuda/linear_attention_forward.cu"
-#include "emulated_attention.h"
+#include "emulated_gradients.h"
 
 namespace {
 
 using dijiang::FeatureKind;
 using emulated::Call;
+using emulated::compare;
 using emulated::error;
 using emulated::Gradients;
 using emulated::State;
@@ -24,34 +26,6 @@ using oracle::Problem;
 template <class T>
 double tolerance() {
   return std::is_same_v<T, float> ? 2e-5 : std::is_same_v<T, __half> ? 2e-3 : 1.2e-2;
-}
-
-// The gradient of beta sums |x|^2 times those of log_weight over all features: it may cancel
-// exactly, so its error is measured against that sum without signs.
-double beta_size(const Problem& p, const std::vector<double>& grad_weight, int heads) {
-  double sum = 0.0;
-  for (const double e : grad_weight) sum += std::fabs(e) / heads;
-  return sum * p.dim * p.scale * p.size * p.size;
-}
-
-template <class T>
-void compare(const Problem& p, const Gradients<T>& got, const oracle::Result& want, double limit) {
-  EXPECT_LT(error(emulated::widen(got.q), want.grad_q), limit) << "q";
-  EXPECT_LT(error(emulated::widen(got.k), want.grad_k), limit) << "k";
-  EXPECT_LT(error(emulated::widen(got.v), want.grad_v), limit) << "v";
-  EXPECT_LT(error(emulated::widen(got.omega_q), want.grad_omega_q), limit) << "omega_q";
-  EXPECT_LT(error(emulated::widen(got.omega_k), want.grad_omega_k), limit) << "omega_k";
-  EXPECT_LT(error(emulated::widen(got.weight_q), want.grad_weight_q), limit) << "weight_q";
-  EXPECT_LT(error(emulated::widen(got.weight_k), want.grad_weight_k), limit) << "weight_k";
-  EXPECT_LT(error(emulated::widen(got.beta_q), want.grad_beta_q,
-                  beta_size(p, want.grad_weight_q, p.heads)),
-            limit)
-      << "beta_q";
-  EXPECT_LT(error(emulated::widen(got.beta_k), want.grad_beta_k,
-                  beta_size(p, want.grad_weight_k, p.kv_heads)),
-            limit)
-      << "beta_k";
-  EXPECT_LT(error(emulated::widen(got.log_decay), want.grad_log_decay), limit) << "log_decay";
 }
 
 template <class T>

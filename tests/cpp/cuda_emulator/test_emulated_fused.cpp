@@ -9,28 +9,19 @@
 #include "cuda/fused_forward.cu"
 #include "cuda/fused_near.cu"
 #include "cuda/linear_attention_forward.cu"
-#include "emulated_attention.h"
+#include "emulated_device.h"
 
 namespace {
 
 using dijiang::FeatureKind;
 using emulated::Call;
+using emulated::Device;
 using emulated::error;
+using emulated::kFew;
+using emulated::kMany;
 using emulated::ran;
 using emulated::State;
 using oracle::Problem;
-
-// Of the device played: how many multiprocessors (many: sequences are split), and shared memory.
-struct Device {
-  explicit Device(int multiprocessors, int shared_bytes = 227 * 1024)
-      : before(cuda_emulator::device()) {
-    cuda_emulator::device() = {multiprocessors, shared_bytes};
-    emulated::forget_kernels();
-  }
-  ~Device() { cuda_emulator::device() = before; }
-  cuda_emulator::Device before;
-};
-constexpr int kFew = 1, kMany = 1000;
 
 // --- instructions --------------------------------------------------------------------------------
 
