@@ -27,8 +27,9 @@ on the same tensors, in turn, with CUDA events. The device sleeps until all laun
 that the times are the device's; what Python and launches cost is the host's column. One token is
 also timed as a replayed CUDA graph.
 
-Far keys alone and near keys alone at 16 bits have two forwards each (docs/cuda.md): the fused one,
-and the other, which groups with DIJIANG_CUDA_FUSED=0 check and time on the same problems. Times of
+Far keys alone and near keys alone at 16 bits have two forwards each, and two backwards (docs/
+cuda.md): the fused ones, and the others, which groups with DIJIANG_CUDA_FUSED=0 check and time on
+the same problems. Times of
 far keys alone stand beside a copy that moves as many bytes as q, k, v and the output have; those of
 near keys alone beside softmax attention, with hard keys chosen and with the same ones given.
 """
@@ -82,7 +83,7 @@ COLUMNS = {
     ),
     FAR_TIMINGS: (
         *("group", "what", "path", "tokens", "ms", "copy ms", "ns a token and head"),
-        *("copy / forward", "failure"),
+        *("copy / call", "failure"),
     ),
 }
 
@@ -351,21 +352,28 @@ def attention_problems() -> Iterator[Problem]:
 
 
 def far_problems() -> Iterator[Problem]:
-    """Sizes that the fused forward takes."""
+    """Sizes that the fused forward takes; those of 64 features in bfloat16 the fused backward."""
     decay = rates(2, 700)
-    for kind, dim, log_decay, grows in (
-        ("exp", 64, None, False),
-        ("exp", 64, decay, False),
-        ("softmax", 64, None, False),
-        ("elu", 64, decay, False),
-        ("exp", 128, None, False),
-        ("exp", 64, None, True),
-        ("exp", 64, decay, True),
+    for kind, dim, features, log_decay, more in (
+        ("exp", 64, 64, None, {}),
+        ("exp", 64, 64, decay, {}),
+        ("softmax", 64, 64, None, {}),
+        ("elu", 64, 64, decay, {}),
+        ("exp", 128, 128, None, {}),
+        ("exp", 128, 64, decay, {}),
+        ("exp", 64, 64, None, {"grows": True}),
+        ("exp", 64, 64, decay, {"grows": True}),
+        ("softmax", 64, 64, None, {"trained": True}),
+        ("elu", 128, 64, decay, {"trained": True}),
     ):
-        suffix = (", decay" if log_decay is not None else "") + (", growing keys" if grows else "")
-        name = f"far keys alone, {kind}, {dim} x {dim}{suffix}, {path()}"
+        suffix = "".join(
+            [", decay"] * (log_decay is not None)
+            + [", growing keys"] * ("grows" in more)
+            + [", trained"] * ("trained" in more)
+        )
+        name = f"far keys alone, {kind}, {dim} x {features}{suffix}, {path()}"
         yield attention_problem(
-            name, kind=kind, dim=dim, features=dim, log_decay=log_decay, tokens=700, grows=grows
+            name, kind=kind, dim=dim, features=features, log_decay=log_decay, tokens=700, **more
         )
     ends = torch.tensor([0, 1, 200, 200, 263, 700], dtype=torch.int32, device=DEVICE)
     name = f"far keys alone, packed sequences, {path()}"
@@ -424,8 +432,8 @@ def more_problems() -> Iterator[Problem]:
 
 
 def path() -> str:
-    """Which forward this process takes where the fused one applies."""
-    return "other forward" if os.environ.get("DIJIANG_CUDA_FUSED") == "0" else "fused forward"
+    """Which kernels this process takes where the fused ones apply."""
+    return "other kernels" if os.environ.get("DIJIANG_CUDA_FUSED") == "0" else "fused kernels"
 
 
 # ---- checks of another kind ----------------------------------------------------------------------
@@ -825,26 +833,25 @@ def near_timing_cases(longest: int) -> Iterator[Case]:
             yield Case({"what": what, "tokens": tokens}, partial(beside_softmax, make, True))
 
 
-def time_far(batch: int, heads: int, tokens: int, label: str) -> dict:
-    """The forward of far keys alone, 64 x 64, against a copy of as many bytes."""
+def time_far(batch: int, heads: int, tokens: int, label: str, train: bool) -> dict:
+    """Far keys alone, 64 x 64, against a copy of as many bytes as q, k, v and the output have."""
     tensor = {"device": DEVICE, "dtype": DTYPES[label]}
     q, k, v = (torch.randn(batch, heads, tokens, 64, **tensor) for _ in "qkv")
     fq, fk = (parameters(heads, 64, 64, "exp") for _ in "qk")
     pair = torch.stack((q, k))
     target = torch.empty_like(pair)
-    calls = {
-        "forward": lambda: dijiang.ops.kernelized_attention(q, k, v, fq, fk),
-        "copy": lambda: target.copy_(pair),
-    }
+    ours = {"ours": lambda q, k, v: dijiang.ops.kernelized_attention(q, k, v, fq, fk)}
+    calls = in_both_ways(ours, (q, k, v), torch.randn_like(v), train)
+    calls["copy"] = lambda: target.copy_(pair)
     times = timed(calls)
     for failure in (x for x in times.values() if isinstance(x, str)):
         return {"failure": failure}
-    forward, copy = times["forward"][0], times["copy"][0]
+    call, copy = times["ours"][0], times["copy"][0]
     return {
-        "ms": f"{forward:.4f}",
+        "ms": f"{call:.4f}",
         "copy ms": f"{copy:.4f}",
-        "ns a token and head": f"{1e6 * forward / q[..., 0].numel():.3f}",
-        "copy / forward": f"{copy / forward:.2f}",
+        "ns a token and head": f"{1e6 * call / q[..., 0].numel():.3f}",
+        "copy / call": f"{copy / call:.2f}",
     }
 
 
@@ -852,10 +859,11 @@ def far_timing_cases(longest: int) -> Iterator[Case]:
     for (batch, heads), tokens in itertools.product(((1, 32), (16, 32)), (2048, 8192, 32768)):
         if tokens > longest or batch * tokens > 65536:
             continue
-        for label in ("bfloat16", "float16"):
-            what = f"far keys alone, {batch} x {heads} heads, {label}"
+        for label, train in (("bfloat16", False), ("float16", False), ("bfloat16", True)):
+            passes = "forward and backward" if train else "forward"
+            what = f"far keys alone, {passes}, {batch} x {heads} heads, {label}"
             head = {"what": what, "path": path(), "tokens": tokens}
-            yield Case(head, partial(time_far, batch, heads, tokens, label))
+            yield Case(head, partial(time_far, batch, heads, tokens, label, train))
 
 
 # ---- groups of cases, each in processes of its own -----------------------------------------------
@@ -885,15 +893,15 @@ GROUPS = {  # in the order of their running
     "more": Group(CHECKS, lambda _: cases_of(more_problems()), 90),
     "states": Group(CHECKS, lambda _: state_cases(), 90),
     "attention": Group(CHECKS, lambda _: cases_of(attention_problems()), 120),
-    "far, other forward": Group(CHECKS, far_cases, 90, fused=False),
-    "near, other forward": Group(CHECKS, near_cases, 90, fused=False),
+    "far, other kernels": Group(CHECKS, far_cases, 90, fused=False),
+    "near, other kernels": Group(CHECKS, near_cases, 90, fused=False),
     "timing, near": Group(TIMINGS, lambda args: near_timing_cases(args.longest), 60),
     "timing, far": Group(FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60),
     "timing": Group(TIMINGS, lambda args: timing_cases(args.longest), 150),
-    "timing, far, other forward": Group(
+    "timing, far, other kernels": Group(
         FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60, fused=False
     ),
-    "timing, near, other forward": Group(
+    "timing, near, other kernels": Group(
         TIMINGS, lambda args: near_timing_cases(args.longest), 60, fused=False
     ),
 }
