@@ -11,16 +11,6 @@ namespace {
 
 // --- kernels -------------------------------------------------------------------------------------
 
-template <class W>
-__device__ inline void find_part(W& walk, const Chunk& c, int kv_head, int first_head) {
-  walk.batch = c.batch;
-  walk.kv_head = kv_head;
-  walk.first_head = first_head;
-  walk.first_column = static_cast<int>(blockIdx.z) * W::kV;
-  walk.token = c.query_token;
-  walk.count = c.query_count;
-}
-
 // Grid: part, kv head, columns of v. The state of the part's keys alone, as it stands after the
 // last.
 template <class Shape>
@@ -30,8 +20,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walk_keys(FusedAttention f) {
   Chunk c;
   if (!find_chunk(a, blockIdx.x, c)) return;
   const int head = blockIdx.y;
-  Walk<Shape, false> walk(f, raw);
-  find_part(walk, c, head, 0);
+  Walk<Shape, false> walk(f, raw, c, head, 0);
   const int64_t cell = cell_of(a, blockIdx.x, head);
   walk.read_state(nullptr, nullptr, nullptr, 0);
   walk.run();
@@ -54,8 +43,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walk_rows(FusedAttention f) {
   } else {
     c = make_chunk(a, blockIdx.x, find_sequence(a, blockIdx.x), 0);
   }
-  Walk<Shape, true> walk(f, raw);
-  find_part(walk, c, kv_head, first_head);
+  Walk<Shape, true> walk(f, raw, c, kv_head, first_head);
   const int64_t cell = static_cast<int64_t>(blockIdx.x) * p.num_kv_heads + kv_head;
   if (f.split) {
     walk.read_state(a.work.kv, a.work.z, a.work.scale, cell);
