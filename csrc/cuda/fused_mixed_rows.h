@@ -23,7 +23,8 @@ struct MixedShape : NearShape<T_, kHeadDim_, kValueDim_> {
   static constexpr int kFarBytes = z + kFloats;
   static constexpr int kSharedBytes =
       kFarBytes > Near::kSharedBytes ? kFarBytes : Near::kSharedBytes;
-  static constexpr int kWanted = 3;
+  // Where registers allow a third block.
+  static constexpr int kWanted = kFeatures == 64 && kParts * kValueDim_ <= 128 ? 3 : 2;
   static constexpr int kBlocks =
       kWanted * (kSharedBytes + 1024) <= kMultiprocessorShared ? kWanted : 2;
 };
@@ -166,12 +167,14 @@ struct MixedRows : NearRows<Shape> {
 
   __device__ __forceinline__ void run() {
     this->walk([&](int tile) { this->add_tile(tile); });
-    __syncthreads();  // nobody reads the stages any more
-    load_far();
-    wait_copies();
-    __syncthreads();
-    if (row0 >= rows) return;
-    add_far();
+    const bool empty = !a.params.initial.kv && chunk->key_pos == 0;  // the state
+    if (!empty) {
+      __syncthreads();  // nobody reads the stages any more
+      load_far();
+      wait_copies();
+      __syncthreads();
+      if (row0 < rows) add_far();
+    }
     this->write_rows();
   }
 };
