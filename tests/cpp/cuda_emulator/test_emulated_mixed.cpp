@@ -361,6 +361,28 @@ TEST(EmulatedMixed, StateInPlace) {
   }
 }
 
+// A state that is full before the first token, and decays where nothing but sinks leaves the
+// window.
+TEST(EmulatedMixed, StateFromElsewhere) {
+  Problem p = problem(260, 64, 140);
+  p.decay = true;
+  fill<__half>(p, 5);
+  State<__half> from(p), fused_to(p), to(p);
+  for (size_t i = 0; i < from.kv.size(); ++i) from.kv[i] = float(i % 7) - 1.0f;
+  from.z.assign(from.z.size(), 3.0f);
+  from.log_scale.assign(from.z.size(), 14.0f);
+  forget_kernels();
+  Call<__half> fused(p, 1), other(p, 2);
+  ASSERT_EQ(fused.forward_part(0, 260, from, fused_to), cudaSuccess);
+  expect_fused();
+  ASSERT_EQ(other.forward_part(0, 260, from, to), cudaSuccess);
+  EXPECT_TRUE(ran("compute_outputs"));
+  EXPECT_LT(error(emulated::widen(fused.out), emulated::widen(other.out)), kTolerance<__half>);
+  EXPECT_GT(error(emulated::widen(fused.out), oracle::run(p, false).out), 0.1);
+  EXPECT_LT(error(fused_to.true_kv(64), to.true_kv(64)), 1e-3);
+  EXPECT_LT(error(fused_to.true_z(), to.true_z()), 1e-3);
+}
+
 // The backward takes the statistics that this forward leaves; limits as in its own tests.
 template <class T>
 void check_gradients(Problem p) {
