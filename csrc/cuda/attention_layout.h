@@ -62,6 +62,9 @@ struct Workspace {
   float* left_decay;     // (.., window): base-2 decay from each to the end of its last block
   int32_t* left_count;
   float* cache_features;  // (num_seqs, all slots, num_features): of the given state
+  // Of the fused mixed forward, which has no features and no kv in memory.
+  char* query_maps;  // (heads): omega as tiles in shared memory have it
+  void* states;      // (.., parts, headdim_v, num_features): kv before the chunk, likewise
 };
 
 struct Attention {
@@ -98,7 +101,8 @@ class Arena {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
+// The chunks, with their table and decay.
+inline Attention plan_chunks(const LinearAttentionParams& p, Arena& arena) {
   Attention a{};
   a.params = p;
   if (!p.segments) a.params.num_seqs = p.batch;
@@ -114,12 +118,36 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   a.has_given_window = p.initial.length != nullptr && (p.window > 0 || p.sinks > 0);
   a.has_inner = p.num_features > 0 && (p.window == 0 || p.window < a.chunk_size);
 
-  const int64_t m = p.num_features;
   const int64_t cells = a.max_chunks * p.num_kv_heads;
   Workspace& w = a.work;
   w.first_chunk = arena.take<int32_t>(seqs + 1);
   w.chunks = arena.take<Chunk>(a.max_chunks);
   w.levels = arena.take<double>(a.has_decay ? cells * (a.chunk_size + p.window) : 0);
+  return a;
+}
+
+// The table of hard keys, and the lists of those that leave.
+inline void plan_hard_keys(Attention& a, Arena& arena) {
+  const LinearAttentionParams& p = a.params;
+  if (p.cache.most == 0) return;
+  a.cache_rows = p.cache_rows();
+  const int64_t rows = p.num_kv_heads * a.cache_rows;
+  const bool kept = p.given || p.chosen;  // by the caller
+  Workspace& w = a.work;
+  int32_t* own = arena.take<int32_t>(kept ? 0 : rows * p.cache.most);
+  w.chosen = p.given ? nullptr : p.chosen ? p.chosen : own;
+  w.slots = p.given ? p.given : w.chosen;
+  w.slot_count = arena.take<int32_t>(rows);
+  w.left = arena.take<Place>(rows * p.window);
+  w.left_decay = arena.take<float>(rows * p.window);
+  w.left_count = arena.take<int32_t>(rows);
+}
+
+inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
+  Attention a = plan_chunks(p, arena);
+  const int64_t m = p.num_features, seqs = a.params.num_seqs;
+  const int64_t cells = a.max_chunks * p.num_kv_heads;
+  Workspace& w = a.work;
   w.query_features = arena.take<float>(p.batch * p.num_heads * p.seqlen * m);
   w.key_features = arena.take<float>(p.batch * p.num_kv_heads * p.seqlen * m);
   w.window_features =
@@ -132,18 +160,8 @@ inline Attention plan_attention(const LinearAttentionParams& p, Arena& arena) {
   w.row_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
   w.near_scale = arena.take<float>(p.batch * p.num_heads * p.seqlen);
   w.exact = arena.take<uint8_t>(p.batch * p.num_heads * p.seqlen);
-  if (p.cache.most == 0) return a;
-  a.cache_rows = a.params.cache_rows();
-  const int64_t rows = p.num_kv_heads * a.cache_rows;
-  const bool kept = p.given || p.chosen;  // by the caller
-  int32_t* own = arena.take<int32_t>(kept ? 0 : rows * p.cache.most);
-  w.chosen = p.given ? nullptr : p.chosen ? p.chosen : own;
-  w.slots = p.given ? p.given : w.chosen;
-  w.slot_count = arena.take<int32_t>(rows);
-  w.left = arena.take<Place>(rows * p.window);
-  w.left_decay = arena.take<float>(rows * p.window);
-  w.left_count = arena.take<int32_t>(rows);
-  const bool resumed = p.initial.cache_position != nullptr;
+  plan_hard_keys(a, arena);
+  const bool resumed = p.cache.most > 0 && p.initial.cache_position != nullptr;
   w.cache_features = arena.take<float>(resumed ? seqs * p.cache.all(p.num_kv_heads) * m : 0);
   return a;
 }

@@ -382,16 +382,24 @@ void launch_cache_features(const Attention& a, cudaStream_t stream) {
   }
 }
 
+// What all later kernels read: the chunk table, hard keys and decay.
+template <class T>
+void launch_chunks(const Attention& a, cudaStream_t stream) {
+  DIJIANG_LAUNCH(build_chunks, 1, kThreads, kThreads * sizeof(int), stream, a);
+  if (a.params.cache.most > 0) launch_hard_keys<T>(a, stream);
+  if (!a.has_decay) return;
+  const dim3 grid(static_cast<unsigned>(a.max_chunks),
+                  static_cast<unsigned>(a.params.num_kv_heads));
+  DIJIANG_LAUNCH(sum_levels, grid, 32, 0, stream, a);
+}
+
 template <class T, bool kGiven>
 void launch_states(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
+  launch_chunks<T>(a, stream);
+  if (p.num_features == 0) return;
   const auto chunks = static_cast<unsigned>(a.max_chunks);
   const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
-  DIJIANG_LAUNCH(build_chunks, 1, kThreads, kThreads * sizeof(int), stream, a);
-  if (p.cache.most > 0) launch_hard_keys<T>(a, stream);
-  if (p.num_features == 0) return;
-  if (a.has_decay) DIJIANG_LAUNCH(sum_levels, dim3(chunks, kv_heads), 32, 0, stream, a);
-
   launch_features<T>(feature_rows(p, p.q, p.fq, p.num_heads, a.work.query_features), stream);
   launch_features<T>(feature_rows(p, p.k, p.fk, p.num_kv_heads, a.work.key_features), stream);
   if (a.work.window_features) {

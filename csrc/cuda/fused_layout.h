@@ -3,8 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/attention_layout.h"
-#include "cuda/fused_tiles.h"
+#include "cuda/fused_features.h"
 
 namespace dijiang::cuda {
 
@@ -16,17 +15,12 @@ struct FusedAttention {
   bool split;       // the states before the parts lie in the workspace
 };
 
-// Feature i of a head: exponent = omega_i.x gain + weight, base 2.
-struct FeatureLine {
-  float gain;
-  float weight;
-};
-
 // kValueDim: columns of v that a block takes; with more of them the block's work is done again for
 // the next ones.
 template <class T_, int kHeadDim_, int kFeatures_>
 struct FusedShape {
   using T = T_;
+  using Map = FeatureMap<T, kHeadDim_, kFeatures_>;
   static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kValueDim = 64;
   static constexpr int kParts = std::is_same_v<T, __half> ? 2 : 1;
 };
@@ -35,19 +29,18 @@ struct FusedShape {
 template <class Shape, bool kRows>
 struct FusedShared {
   static constexpr int kWidth = 2 * Shape::kHeadDim, kFeatureWidth = 2 * Shape::kFeatures;
-  static constexpr int kMatrix = 2 * Shape::kFeatures * kWidth;  // high and low part of omega
-  static constexpr int kLines = Shape::kFeatures * static_cast<int>(sizeof(FeatureLine));
+  using Map = typename Shape::Map;
   static constexpr int kFloats = Shape::kFeatures * static_cast<int>(sizeof(float));
 
   static constexpr int key_omega = 0;
-  static constexpr int keys = key_omega + kMatrix;
+  static constexpr int keys = key_omega + Map::kMatrix;
   static constexpr int values = keys + kTileRows * kWidth;  // two stages
   static constexpr int features = values + 4 * kTileRows * Shape::kValueDim;
   static constexpr int state = features + Shape::kParts * kTileRows * kFeatureWidth;
   static constexpr int queries =
       state + (kRows ? Shape::kParts * Shape::kValueDim * kFeatureWidth : 0);
   static constexpr int key_lines = queries + (kRows ? kTileRows * kWidth : 0);
-  static constexpr int levels = key_lines + kLines;
+  static constexpr int levels = key_lines + Map::kLines;
   static constexpr int scale = levels + kTileRows * static_cast<int>(sizeof(double));
   static constexpr int z = scale + kFloats;
   static constexpr int rest = z + kFloats;
@@ -58,8 +51,8 @@ struct FusedShared {
   static constexpr int maxima = next_rest + kFloats;
   static constexpr int failed = maxima + kWalkWarps * kFloats;
   static constexpr int heads = failed + 2 * kWalkWarps * static_cast<int>(sizeof(unsigned));
-  // For each query head of the block: omega's parts, then its lines.
-  static constexpr int kHead = kMatrix + kLines;
+  // For each query head of the block: its map.
+  static constexpr int kHead = Map::kBytes;
   static constexpr int bytes(int block_heads) { return heads + (kRows ? block_heads * kHead : 0); }
 };
 

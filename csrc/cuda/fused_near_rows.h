@@ -310,9 +310,8 @@ struct NearRows : NearWalk<Shape> {
     }
   }
 
-  // The new r, and all sums relative to it.
   __device__ __forceinline__ void raise_top(const float (&x)[kGroup / 8][4]) {
-    float factor[2];
+    float next[2];
     DIJIANG_UNROLL()
     for (int half = 0; half < 2; ++half) {
       float most = -INFINITY;
@@ -320,9 +319,17 @@ struct NearRows : NearWalk<Shape> {
       for (int n = 0; n < kGroup / 8; ++n) {
         most = fmaxf(most, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
       }
-      const float next = fmaxf(top[half], ceilf(quad_max(most)));
-      factor[half] = power_of_two(fmaxf(top[half] - next, -127.0f));  // of -127: 0
-      top[half] = next;
+      next[half] = fmaxf(top[half], ceilf(quad_max(most)));
+    }
+    raise_to(next);
+  }
+  // The new r, and all sums relative to it.
+  __device__ __forceinline__ void raise_to(const float (&next)[2]) {
+    float factor[2];
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      factor[half] = power_of_two(fmaxf(top[half] - next[half], -127.0f));  // of -127: 0
+      top[half] = next[half];
     }
     if (!__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) return;
     DIJIANG_UNROLL()
@@ -394,6 +401,9 @@ struct NearRows : NearWalk<Shape> {
 
   __device__ __forceinline__ void run() {
     this->walk([&](int tile) { add_tile(tile); });
+    write_rows();
+  }
+  __device__ __forceinline__ void write_rows() {
     if (row0 >= rows) return;
     write_row(0);
     write_row(1);

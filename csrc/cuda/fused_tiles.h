@@ -73,6 +73,16 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
   }
 }
 
+// The lane's two rows.
+template <int kTiles>
+__device__ __forceinline__ void add_to_rows(float (&c)[kTiles][4], const float (&x)[2]) {
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles; ++t) {
+    DIJIANG_UNROLL()
+    for (int e = 0; e < 4; ++e) c[t][e] += x[e / 2];
+  }
+}
+
 // c0 (columns 0-7), c1 (8-15) += a b
 template <class T>
 __device__ inline void multiply_add_16(float (&c0)[4], float (&c1)[4], const unsigned (&a)[4],

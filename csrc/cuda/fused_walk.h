@@ -12,9 +12,8 @@
 // decay goes into the exponents, under the maximum, and cannot.
 #pragma once
 
-#include "cuda/attention_phases.h"
 #include "cuda/attention_rows.h"
-#include "cuda/fused_layout.h"
+#include "cuda/fused_state.h"
 
 namespace dijiang::cuda {
 
@@ -26,67 +25,46 @@ struct KeyMode {
 };
 
 template <class Shape, bool kRows>
-struct Walk {
-  using T = typename Shape::T;
-  using Shared = FusedShared<Shape, kRows>;
-  static constexpr int kD = Shape::kHeadDim, kM = Shape::kFeatures, kV = Shape::kValueDim;
-  static constexpr int kParts = Shape::kParts;
-  static constexpr int kStateTiles = kV / (16 * kWalkWarps);
+struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
+  using Base = StateWalk<Shape, FusedShared<Shape, kRows>>;
+  using Base::first_column;
+  using Base::kD;
+  using Base::kM;
+  using Base::kParts;
+  using Base::kStateTiles;
+  using Base::kV;
+  using Base::kv_head;
+  using Base::lane;
+  using Base::params;
+  using Base::row0;
+  using Base::shared;
+  using Base::state;
+  using Base::wait_rows;
+  using Base::warp;
+  using typename Base::Map;
+  using typename Base::Shared;
+  using typename Base::T;
 
   const FusedAttention& f;
-  char* shared;
-  int batch, kv_head, first_head, first_column, token, count;  // of the part
-  int lane, warp, row0;
-  float state[kStateTiles][kM / 8][4];  // columns of v by features, at the scale Shared::scale
+  int batch, first_head, token, count;  // of the part
   int turn = 0;
   double decay = 0.0;  // in the first warp: of all tokens so far, base 2
 
-  __device__ __forceinline__ Walk(const FusedAttention& fused, char* raw)
-      : f(fused),
-        shared(raw),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        row0(threadIdx.x / 32 * 16) {}
+  __device__ __forceinline__ Walk(const FusedAttention& fused, char* raw, const Chunk& part,
+                                  int head, int first_query_head)
+      : Base(fused.attention, raw, head),
+        f(fused),
+        batch(part.batch),
+        first_head(first_query_head),
+        token(part.query_token),
+        count(part.query_count) {}
 
-  __device__ __forceinline__ const LinearAttentionParams& params() const {
-    return f.attention.params;
-  }
   template <class U>
   __device__ __forceinline__ U* at(int offset) const {
-    return reinterpret_cast<U*>(shared + offset);
+    return Base::template at<U>(offset);
   }
   __device__ __forceinline__ char* head_at(int h) const {
     return shared + Shared::heads + h * Shared::kHead;
-  }
-
-  // --- parameters --------------------------------------------------------------------------------
-
-  // omega of a head in two parts. A row is first brought to [1/2, 1), so that float16 holds it.
-  __device__ __forceinline__ void load_parameters(const FeatureParams& feature, int head,
-                                                  char* matrix, char* lines) {
-    const LinearAttentionParams& p = params();
-    auto* high = reinterpret_cast<T*>(matrix);
-    T* low = high + kM * kD;
-    const auto* weight = static_cast<const float*>(feature.log_weight);
-    const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
-    for (int i = warp; i < kM; i += kWalkWarps) {
-      const float* row =
-          static_cast<const float*>(feature.omega) + (static_cast<int64_t>(head) * kM + i) * kD;
-      float size = 0.0f;
-      for (int k = lane; k < kD; k += 32) size = fmaxf(size, fabsf(row[k]));
-      const float exponent = fmaxf(binary_exponent(warp_max(size)), -100.0f);
-      for (int k = lane; k < kD; k += 32) {
-        const float x = scale2(row[k], -exponent);
-        const T part = from_float<T>(x);
-        high[tile_offset<kD>(i, k)] = part;
-        low[tile_offset<kD>(i, k)] = from_float<T>(x - to_float(part));
-      }
-      if (lane == 0) {
-        reinterpret_cast<FeatureLine*>(lines)[i] = {
-            scale2(scale, exponent),
-            weight ? weight[static_cast<int64_t>(head) * kM + i] * kLog2e : 0.0f};
-      }
-    }
   }
 
   // --- tiles -------------------------------------------------------------------------------------
@@ -115,102 +93,10 @@ struct Walk {
     load_rows<kD>(at<T>(Shared::queries), params().q, first_head + h, first);
   }
   __device__ __forceinline__ T* values(int first) const {
-    return at<T>(Shared::values) + first / kTileRows % 2 * (kTileRows * kV);
+    return Base::values(first / kTileRows % 2);
   }
   __device__ __forceinline__ void load_values(int first) {
     load_rows<kV>(values(first), params().v, kv_head, first, first_column);
-  }
-  __device__ __forceinline__ void wait_rows() {
-    wait_copies();
-    __syncwarp();
-  }
-
-  // --- features ----------------------------------------------------------------------------------
-
-  // Exponents of the features of the warp's rows of a tile.
-  __device__ __forceinline__ void exponents(const T* tile, const char* matrix, const char* lines,
-                                            const void* betas, int head, float (&u)[kM / 8][4]) {
-    const LinearAttentionParams& p = params();
-    const auto* high = reinterpret_cast<const T*>(matrix);
-    const T* low = high + kM * kD;
-    const bool has_beta = betas && p.kind == FeatureKind::kExp;
-    float square[2] = {0.0f, 0.0f};
-    clear(u);
-    DIJIANG_UNROLL(2)  // fully, its addresses cost registers
-    for (int k = 0; k < kD; k += 16) {
-      unsigned a[4];
-      load_left<kD>(a, tile, row0, k);
-      if (has_beta) {
-        DIJIANG_UNROLL()
-        for (int i = 0; i < 4; ++i) {
-          const Pair<T> x = unpack<T>(a[i]);
-          square[i % 2] = fmaf(x.first, x.first, square[i % 2]);
-          square[i % 2] = fmaf(x.second, x.second, square[i % 2]);
-        }
-      }
-      DIJIANG_UNROLL()
-      for (int i = 0; i < kM; i += 16) {
-        unsigned b[4];
-        load_right<kD>(b, low, i, k);
-        multiply_add_16<T>(u[i / 8], u[i / 8 + 1], a, b);
-        load_right<kD>(b, high, i, k);
-        multiply_add_16<T>(u[i / 8], u[i / 8 + 1], a, b);
-      }
-    }
-    if (has_beta) {
-      const float factor =
-          static_cast<const float*>(betas)[head] * (static_cast<float>(p.scale) * kLog2e);
-      square[0] = quad_sum(square[0]) * factor;
-      square[1] = quad_sum(square[1]) * factor;
-    }
-    const auto* line = reinterpret_cast<const FeatureLine*>(lines);
-    if (p.kind == FeatureKind::kSoftmax) normalise_rows(line, u);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        const FeatureLine l = line[8 * t + 2 * (lane % 4) + e % 2];
-        if (p.kind == FeatureKind::kExp) {
-          u[t][e] = fmaf(u[t][e], l.gain, l.weight) - square[e / 2];
-        } else if (p.kind == FeatureKind::kElu) {
-          const float y = u[t][e] * l.gain;
-          // An exponent needs no more than log(1 + y) gives.
-          u[t][e] = (y > 0.0f ? fast_log2(fmaf(y, kLn2, 1.0f)) : y) + l.weight;
-        } else {
-          u[t][e] += l.weight;
-        }
-      }
-    }
-  }
-
-  // u gain - log2 sum 2^(u gain)
-  __device__ __forceinline__ void normalise_rows(const FeatureLine* line, float (&u)[kM / 8][4]) {
-    float top[2] = {kEmpty, kEmpty}, sum[2] = {0.0f, 0.0f};
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        u[t][e] *= line[8 * t + 2 * (lane % 4) + e % 2].gain;
-        top[e / 2] = fmaxf(top[e / 2], u[t][e]);
-      }
-    }
-    top[0] = quad_max(top[0]);
-    top[1] = quad_max(top[1]);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        u[t][e] -= top[e / 2];
-        sum[e / 2] += fast_exp2(u[t][e]);
-      }
-    }
-    sum[0] = fast_log2(quad_sum(sum[0]));
-    sum[1] = fast_log2(quad_sum(sum[1]));
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) u[t][e] -= sum[e / 2];
-    }
   }
 
   // --- decay -------------------------------------------------------------------------------------
@@ -240,131 +126,48 @@ struct Walk {
 
   // --- keys --------------------------------------------------------------------------------------
 
-  // Of the rows that are kept, the largest exponent of each feature: the warp's part of M'.
-  __device__ __forceinline__ void find_maxima(const float (&a)[kM / 8][4], const bool (&kept)[2]) {
-    float most[kM / 8][2];
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 2; ++e) {
-        most[t][e] = fmaxf(kept[0] ? a[t][e] : kEmpty, kept[1] ? a[t][2 + e] : kEmpty);
-      }
-    }
-    const int tile = max_over_rows<kM / 8>(most);
-    float* maxima = at<float>(Shared::maxima) + warp * kM;
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 64; ++t) {
-      maxima[(tile + t) * 8 + 2 * (lane % 4)] = most[t][0];
-      maxima[(tile + t) * 8 + 2 * (lane % 4) + 1] = most[t][1];
-    }
-  }
-
-  // From all maxima: M', and what state and z are multiplied by to refer to it, once decayed so
-  // far. Every warp for itself: they all write the same numbers.
-  __device__ __forceinline__ void raise_tops(bool decays, float by) {
-    for (int i = lane; i < kM; i += 32) {
-      float most = kEmpty;
-      for (int w = 0; w < kWalkWarps; ++w) {
-        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
-      }
-      float before = at<float>(Shared::scale)[i], decayed = 1.0f;
-      if (decays) {
-        float rest = at<float>(Shared::rest)[i];
-        const DecayStep step = step_decay(by, rest);
-        before = fmaxf(before + step.whole, kEmpty);
-        decayed = step.factor;
-        at<float>(Shared::next_rest)[i] = rest;
-      }
-      const float most_of_all = fmaxf(before, ceilf(most));
-      const float times = scale2(decayed, before - most_of_all);
-      at<float>(Shared::top)[i] = most_of_all;
-      at<float>(Shared::factor)[i] = times;
-      at<float>(Shared::top_z)[i] = at<float>(Shared::z)[i] * times;
-    }
-    __syncwarp();
-  }
-
-  // 2^(a - M') to shared memory, after weigh(half, it).
-  template <class Weigh>
-  __device__ __forceinline__ void write_features(const float (&a)[kM / 8][4], const Weigh& weigh) {
-    const float* top = at<float>(Shared::top);
-    auto* features = at<__nv_bfloat16>(Shared::features);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
-      const float top0 = top[column], top1 = top[column + 1];
-      DIJIANG_UNROLL()
-      for (int half = 0; half < 2; ++half) {
-        const Split<kParts> x(weigh(half, exp2_below(a[t][2 * half], -top0)),
-                              weigh(half, exp2_below(a[t][2 * half + 1], -top1)));
-        DIJIANG_UNROLL()
-        for (int part = 0; part < kParts; ++part) {
-          store_pair(features + part * kTileRows * kM, row0 + lane / 4 + 8 * half, column,
-                     x.part[part]);
-        }
-      }
-    }
-  }
-
-  // From the keys' tile: M', what state and z are multiplied by to refer to it, and the features
-  // 2^(a - M') in shared memory; likewise the state, for rows to read. between: called when all
-  // warps are done with what they did before.
+  // From the keys' tile: M', the features and what state and z are multiplied by; likewise the
+  // state, for rows to read. between: called when all warps are done with what they did before.
   template <class Between>
   __device__ __forceinline__ void prepare_keys(const KeyMode& mode, int tile_count, bool for_rows,
                                                const Between& between) {
-    float a[kM / 8][4];
-    exponents(at<T>(Shared::keys), shared + Shared::key_omega, shared + Shared::key_lines,
-              params().fk.beta, kv_head, a);
-    const int row[2] = {row0 + lane / 4, row0 + lane / 4 + 8};
+    float u[kM / 8][4];
+    this->key_exponents(u);
     const int end = mode.last < tile_count ? mode.last + 1 : tile_count;
-    const bool kept[2] = {row[0] < end, row[1] < end};
     const double* levels = at<double>(Shared::levels);
-    if (mode.decayed) {
+    bool kept[2];
+    float left[2] = {0.0f, 0.0f};
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + lane / 4 + 8 * half;
+      kept[half] = row < end;
+      if (mode.decayed && kept[half]) {
+        left[half] = static_cast<float>(levels[mode.last] - levels[row]);
+      }
+    }
+    if (mode.decayed) add_to_rows(u, left);
+    this->prepare_features(u, kept, mode.decayed,
+                           mode.decayed ? static_cast<float>(levels[mode.last]) : 0.0f, between);
+    if (kRows && for_rows) store_readable();
+    __syncthreads();
+  }
+  __device__ __forceinline__ void store_readable() {
+    const auto* factor = at<float>(Shared::factor);
+    auto* readable = at<__nv_bfloat16>(Shared::state);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      const float factor0 = factor[column], factor1 = factor[column + 1];
       DIJIANG_UNROLL()
-      for (int half = 0; half < 2; ++half) {
-        const float left =
-            kept[half] ? static_cast<float>(levels[mode.last] - levels[row[half]]) : 0.0f;
+      for (int n = 0; n < 2 * kStateTiles; ++n) {
+        const float* s = state[n / 2][t] + n % 2 * 2;
+        const Split<kParts> x(s[0] * factor0, s[1] * factor1);
         DIJIANG_UNROLL()
-        for (int t = 0; t < kM / 8; ++t) {
-          a[t][2 * half] += left;
-          a[t][2 * half + 1] += left;
+        for (int part = 0; part < kParts; ++part) {
+          this->store_pair(readable + part * kV * kM, this->state_row(n), column, x.part[part]);
         }
       }
     }
-    find_maxima(a, kept);
-    __syncthreads();
-    between();
-
-    raise_tops(mode.decayed, mode.decayed ? static_cast<float>(levels[mode.last]) : 0.0f);
-    write_features(a, [&](int half, float x) { return kept[half] ? x : 0.0f; });
-    if (kRows && for_rows) {
-      const float* factor = at<float>(Shared::factor);
-      auto* readable = at<__nv_bfloat16>(Shared::state);
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; ++t) {
-        const int column = 8 * t + 2 * (lane % 4);
-        const float factor0 = factor[column], factor1 = factor[column + 1];
-        DIJIANG_UNROLL()
-        for (int n = 0; n < 2 * kStateTiles; ++n) {
-          const float* s = state[n / 2][t] + n % 2 * 2;
-          const Split<kParts> x(s[0] * factor0, s[1] * factor1);
-          DIJIANG_UNROLL()
-          for (int part = 0; part < kParts; ++part) {
-            store_pair(readable + part * kV * kM, state_row(n), column, x.part[part]);
-          }
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ static void store_pair(__nv_bfloat16* tile, int row, int column,
-                                                    unsigned x) {
-    *reinterpret_cast<unsigned*>(tile + tile_offset<kM>(row, column)) = x;
-  }
-  // Column of v of the lane's part n of the state.
-  __device__ __forceinline__ int state_row(int n) const {
-    return warp * (16 * kStateTiles) + n * 8 + lane / 4;
   }
 
   // --- rows --------------------------------------------------------------------------------------
@@ -383,8 +186,8 @@ struct Walk {
     float den[2] = {0.0f, 0.0f}, scale[2] = {kEmpty, kEmpty};
     {
       float b[kM / 8][4];
-      exponents(at<T>(Shared::queries), head_at(h), head_at(h) + Shared::kMatrix, p.fq.beta,
-                first_head + h, b);
+      const Map map{p, head_at(h), head_at(h) + Map::kMatrix};
+      this->exponents(at<T>(Shared::queries), map, p.fq.beta, first_head + h, b);
       after_read();
       const auto* top = at<float>(Shared::top);
       DIJIANG_UNROLL()
@@ -601,126 +404,13 @@ struct Walk {
     }
   }
 
-  // --- state -------------------------------------------------------------------------------------
-
-  // weigh: what a token's features count in z.
-  template <class Weigh>
-  __device__ __forceinline__ void update_state(int first, bool decayed, const Weigh& weigh) {
-    const auto* factor = at<float>(Shared::factor);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
-      const float factor0 = factor[column], factor1 = factor[column + 1];
-      DIJIANG_UNROLL()
-      for (int n = 0; n < kStateTiles; ++n) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) state[n][t][e] *= e % 2 ? factor1 : factor0;
-      }
-    }
-    // Each warp sums the features of a quarter, as the product sees them.
-    constexpr int kOwn = kM / (8 * kWalkWarps);
-    float sums[kOwn] = {};
-    const T* value_tile = values(first);
-    DIJIANG_UNROLL()
-    for (int s = 0; s < kTileRows; s += 16) {
-      unsigned v[kStateTiles][kParts][4];
-      DIJIANG_UNROLL()
-      for (int n = 0; n < kStateTiles; ++n) {
-        load_left_transposed<kV>(v[n][0], value_tile, (warp * kStateTiles + n) * 16, s);
-        if constexpr (kParts == 2) {
-          DIJIANG_UNROLL()
-          for (int r = 0; r < 4; ++r) {
-            const Pair<T> x = unpack<T>(v[n][0][r]);
-            const Split<kParts> split(x.first, x.second);  // exact
-            v[n][0][r] = split.part[0];
-            v[n][1][r] = split.part[1];
-          }
-        }
-      }
-      DIJIANG_UNROLL()
-      for (int i = 0; i < kM; i += 16) {
-        unsigned b[kParts][4];
-        DIJIANG_UNROLL()
-        for (int part = 0; part < kParts; ++part) {
-          load_right_transposed<kM>(
-              b[part], at<__nv_bfloat16>(Shared::features) + part * kTileRows * kM, i, s);
-        }
-        DIJIANG_UNROLL()
-        for (int n = 0; n < kStateTiles; ++n) {
-          multiply_parts_16<kParts>(state[n][i / 8], state[n][i / 8 + 1], v[n], b);
-        }
-        if (i / (8 * kOwn) != warp) continue;
-        DIJIANG_UNROLL()
-        for (int r = 0; r < 4; ++r) {
-          DIJIANG_UNROLL()
-          for (int part = 0; part < kParts; ++part) {
-            const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[part][r]);
-            const int token_ = s + r % 2 * 8 + 2 * (lane % 4);
-            sums[(i / 8 + r / 2) % kOwn] += x.first * weigh(token_) + x.second * weigh(token_ + 1);
-          }
-        }
-      }
-    }
-    DIJIANG_UNROLL()
-    for (int n = 0; n < kOwn; ++n) {
-      const float sum = quad_sum(sums[n]);
-      const int i = (warp * kOwn + n) * 8 + lane / 4;
-      if (lane % 4 == 0) {
-        at<float>(Shared::z)[i] = at<float>(Shared::top_z)[i] + sum;
-        at<float>(Shared::scale)[i] = at<float>(Shared::top)[i];
-        if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
-      }
-    }
-  }
-
-  // Of kv, whose last dimension is the whole of headdim_v.
-  __device__ __forceinline__ int64_t element(int64_t cell, int i, int n) const {
-    return (cell * kM + i) * params().headdim_v + first_column + state_row(n);
-  }
-  // use(place in kv, feature, element): of every element of the lane's.
-  template <class Self, class Use>
-  __device__ __forceinline__ static void each_element_of(Self& self, int64_t cell, const Use& use) {
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2 * kStateTiles; ++n) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const int i = 8 * t + 2 * (self.lane % 4) + e;
-          use(self.element(cell, i, n), i, self.state[n / 2][t][n % 2 * 2 + e]);
-        }
-      }
-    }
-  }
-  // cell: of (sequence or part, kv head). Null kv: empty.
-  __device__ __forceinline__ void read_state(const float* kv, const float* z, const float* scale,
-                                             int64_t cell) {
-    each_element_of(*this, cell, [&](int64_t place, int, float& x) { x = kv ? kv[place] : 0.0f; });
-    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const float x = z ? z[cell * kM + i] : 0.0f;
-      at<float>(Shared::z)[i] = x;
-      at<float>(Shared::scale)[i] = scale ? scale[cell * kM + i] : kEmpty;
-      at<float>(Shared::rest)[i] = z && !(x < 1.0f) ? 0.999f : 0.0f;
-    }
-  }
-  // After a barrier behind the last update.
-  __device__ __forceinline__ void write_state(float* kv, float* z, float* scale,
-                                              int64_t cell) const {
-    each_element_of(*this, cell, [&](int64_t place, int, float x) { kv[place] = x; });
-    if (first_column != 0) return;
-    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      z[cell * kM + i] = at<float>(Shared::z)[i];
-      scale[cell * kM + i] = at<float>(Shared::scale)[i];
-    }
-  }
-
   // --- the walk ----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
-    load_parameters(params().fk, kv_head, shared + Shared::key_omega, shared + Shared::key_lines);
+    this->store_key_map();
     if (kRows) {
       for (int h = 0; h < f.block_heads; ++h) {
-        load_parameters(params().fq, first_head + h, head_at(h), head_at(h) + Shared::kMatrix);
+        Map::store(params(), params().fq, first_head + h, head_at(h), head_at(h) + Map::kMatrix);
       }
     }
     load_keys(0);
@@ -809,11 +499,11 @@ struct Walk {
       }
       ++h;
     }
-    update_state(first, mode.decayed, [](int) { return 1.0f; });
+    this->update_state(values(first), mode.decayed);
   }
 
   // Bit r: row r. A warp's ballots have row g at bit 4 g, row g + 8 at bit 4 g + 2.
-  __device__ __forceinline__ static unsigned long long failed_rows(const unsigned* places) {
+  __device__ __forceinline__ unsigned long long failed_rows(const unsigned* places) const {
     unsigned long long all = 0;
     for (int w = 0; w < kWalkWarps; ++w) {
       const unsigned bits = places[w];

@@ -3,6 +3,7 @@
 #include "cuda/attention_phases.h"
 #include "cuda/attention_rows.h"
 #include "cuda/fused_forward.h"
+#include "cuda/fused_mixed.h"
 #include "cuda/fused_near.h"
 #include "dijiang/core/linear_attention_cuda.h"
 
@@ -535,8 +536,13 @@ void launch_heads(const Attention& a, cudaStream_t stream) {
 template <class T, bool kGiven>
 cudaError_t forward(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
-  launch_states<T, kGiven>(a, stream);
-  if (p.num_heads > 0) launch_heads<T, kGiven>(a, stream);
+  if (fused_mixed_applies(p)) {
+    launch_chunks<T>(a, stream);
+    launch_fused_mixed(a, stream);
+  } else {
+    launch_states<T, kGiven>(a, stream);
+    if (p.num_heads > 0) launch_heads<T, kGiven>(a, stream);
+  }
   const bool wants_buffers = p.final.window_k || p.final.sink_k;
   if (wants_buffers && 2 * p.window + p.sinks > 0) {
     const auto rows = static_cast<unsigned>(p.num_seqs * (2 * p.window + p.sinks));
@@ -558,6 +564,10 @@ bool takes_fused(const LinearAttentionParams& p) {
   return p.num_heads > 0 && p.headdim_v > 0 && fused_forward_applies(p);
 }
 
+Attention plan_forward(const LinearAttentionParams& p, Arena& arena) {
+  return fused_mixed_applies(p) ? plan_fused_mixed(p, arena) : plan_attention(p, arena);
+}
+
 // All results but the lengths are empty.
 cudaError_t forward_without_heads(const LinearAttentionParams& p, cudaStream_t stream) {
   Attention a{};
@@ -573,7 +583,7 @@ size_t linear_attention_forward_workspace(const LinearAttentionParams& params) {
   if (params.num_kv_heads == 0) return 0;
   if (takes_fused(params)) return fused_forward_workspace(params);
   Arena arena(nullptr);
-  plan_attention(params, arena);
+  plan_forward(params, arena);
   return arena.used();
 }
 
@@ -587,7 +597,7 @@ cudaError_t linear_attention_forward(const LinearAttentionParams& params, void* 
     return shared != cudaSuccess ? shared : error;
   }
   Arena arena(workspace);
-  const Attention a = plan_attention(params, arena);
+  const Attention a = plan_forward(params, arena);
   if (a.params.num_seqs == 0) return cudaSuccess;
   switch (params.dtype) {
     case DType::kFloat32: return forward_kind<float>(a, stream);

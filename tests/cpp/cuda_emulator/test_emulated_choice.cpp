@@ -11,6 +11,7 @@
 
 #include "cuda/fused_choice.cu"
 #include "cuda/fused_forward.cu"
+#include "cuda/fused_mixed.cu"
 #include "cuda/fused_near.cu"
 #include "cuda/linear_attention_forward.cu"
 #include "emulated_attention.h"

@@ -1,0 +1,149 @@
+// Exponents of features as fragments: 16 rows of a warp times a head's omega, which lies in two
+// 16-bit parts, as an error in an exponent is magnified.
+#pragma once
+
+#include "cuda/attention_layout.h"
+#include "cuda/fused_tiles.h"
+
+namespace dijiang::cuda {
+
+// Feature i of a head: exponent = omega_i.x gain + weight, base 2.
+struct FeatureLine {
+  float gain;
+  float weight;
+};
+
+template <class T_, int kHeadDim, int kFeatures>
+struct FeatureMap {
+  using T = T_;
+  static constexpr int kD = kHeadDim, kM = kFeatures;
+  static constexpr int kMatrix = 2 * kM * kD * static_cast<int>(sizeof(T));  // high and low part
+  static constexpr int kLines = kM * static_cast<int>(sizeof(FeatureLine));
+  static constexpr int kBytes = kMatrix + kLines;
+
+  const LinearAttentionParams& p;
+  const char* matrix;
+  const char* lines;
+
+  // Writes a head's parameters, by a block of kWalkThreads. A row is first brought to [1/2, 1), so
+  // that float16 holds it.
+  __device__ __forceinline__ static void store(const LinearAttentionParams& p,
+                                               const FeatureParams& feature, int head, char* matrix,
+                                               char* lines) {
+    const int lane = threadIdx.x % 32;
+    auto* high = reinterpret_cast<T*>(matrix);
+    T* low = high + kM * kD;
+    const auto* weight = static_cast<const float*>(feature.log_weight);
+    const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
+    for (int i = threadIdx.x / 32; i < kM; i += kWalkWarps) {
+      const float* row =
+          static_cast<const float*>(feature.omega) + (static_cast<int64_t>(head) * kM + i) * kD;
+      float size = 0.0f;
+      for (int k = lane; k < kD; k += 32) size = fmaxf(size, fabsf(row[k]));
+      const float exponent = fmaxf(binary_exponent(warp_max(size)), -100.0f);
+      for (int k = lane; k < kD; k += 32) {
+        const float x = scale2(row[k], -exponent);
+        const T part = from_float<T>(x);
+        high[tile_offset<kD>(i, k)] = part;
+        low[tile_offset<kD>(i, k)] = from_float<T>(x - to_float(part));
+      }
+      if (lane == 0) {
+        reinterpret_cast<FeatureLine*>(lines)[i] = {
+            scale2(scale, exponent),
+            weight ? weight[static_cast<int64_t>(head) * kM + i] * kLog2e : 0.0f};
+      }
+    }
+  }
+
+  // Of the warp's 16 rows, which left(a, k) takes as left operands of depth [k, k + 16). kUnroll:
+  // steps of 16; all of them where operands are registers, few where their addresses cost some.
+  template <int kUnroll, class Left>
+  __device__ __forceinline__ void exponents(const void* betas, int head, float (&u)[kM / 8][4],
+                                            const Left& left) const {
+    const int lane = threadIdx.x % 32;
+    const auto* high = reinterpret_cast<const T*>(matrix);
+    const T* low = high + kM * kD;
+    const bool has_beta = betas && p.kind == FeatureKind::kExp;
+    float square[2] = {0.0f, 0.0f};
+    clear(u);
+    DIJIANG_UNROLL(kUnroll)
+    for (int k = 0; k < kD; k += 16) {
+      unsigned a[4];
+      left(a, k);
+      if (has_beta) {
+        DIJIANG_UNROLL()
+        for (int i = 0; i < 4; ++i) {
+          const Pair<T> x = unpack<T>(a[i]);
+          square[i % 2] = fmaf(x.first, x.first, square[i % 2]);
+          square[i % 2] = fmaf(x.second, x.second, square[i % 2]);
+        }
+      }
+      DIJIANG_UNROLL()
+      for (int i = 0; i < kM; i += 16) {
+        unsigned b[4];
+        load_right<kD>(b, low, i, k);
+        multiply_add_16<T>(u[i / 8], u[i / 8 + 1], a, b);
+        load_right<kD>(b, high, i, k);
+        multiply_add_16<T>(u[i / 8], u[i / 8 + 1], a, b);
+      }
+    }
+    if (has_beta) {
+      const float factor =
+          static_cast<const float*>(betas)[head] * (static_cast<float>(p.scale) * kLog2e);
+      square[0] = quad_sum(square[0]) * factor;
+      square[1] = quad_sum(square[1]) * factor;
+    }
+    const auto* line = reinterpret_cast<const FeatureLine*>(lines);
+    if (p.kind == FeatureKind::kSoftmax) normalise_rows(line, u);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 4; ++e) {
+        const FeatureLine l = line[8 * t + 2 * (lane % 4) + e % 2];
+        if (p.kind == FeatureKind::kExp) {
+          u[t][e] = fmaf(u[t][e], l.gain, l.weight) - square[e / 2];
+        } else if (p.kind == FeatureKind::kElu) {
+          const float y = u[t][e] * l.gain;
+          // An exponent needs no more than log(1 + y) gives.
+          u[t][e] = (y > 0.0f ? fast_log2(fmaf(y, kLn2, 1.0f)) : y) + l.weight;
+        } else {
+          u[t][e] += l.weight;
+        }
+      }
+    }
+  }
+
+  // u gain - log2 sum 2^(u gain)
+  __device__ __forceinline__ static void normalise_rows(const FeatureLine* line,
+                                                        float (&u)[kM / 8][4]) {
+    const int lane = threadIdx.x % 32;
+    float top[2] = {kEmpty, kEmpty}, sum[2] = {0.0f, 0.0f};
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 4; ++e) {
+        u[t][e] *= line[8 * t + 2 * (lane % 4) + e % 2].gain;
+        top[e / 2] = fmaxf(top[e / 2], u[t][e]);
+      }
+    }
+    top[0] = quad_max(top[0]);
+    top[1] = quad_max(top[1]);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 4; ++e) {
+        u[t][e] -= top[e / 2];
+        sum[e / 2] += fast_exp2(u[t][e]);
+      }
+    }
+    sum[0] = fast_log2(quad_sum(sum[0]));
+    sum[1] = fast_log2(quad_sum(sum[1]));
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 4; ++e) u[t][e] -= sum[e / 2];
+    }
+  }
+};
+
+}  // namespace dijiang::cuda

@@ -1,0 +1,164 @@
+// One block's walk over the keys that the chunks of a sequence fold, for kValueDim columns of v: it
+// leaves the state before each chunk in the workspace, in the form in which rows read it, and the
+// final state. Keys are those of FoldedKeys, 64 at a time; their rows may lie anywhere.
+#pragma once
+
+#include "cuda/fused_state.h"
+
+namespace dijiang::cuda {
+
+template <class Shape>
+struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
+  using Base = StateWalk<Shape, FusedShared<Shape, false>>;
+  using Base::a;
+  using Base::first_column;
+  using Base::kD;
+  using Base::kM;
+  using Base::kParts;
+  using Base::kStateTiles;
+  using Base::kV;
+  using Base::kv_head;
+  using Base::lane;
+  using Base::params;
+  using Base::row0;
+  using Base::state;
+  using typename Base::Shared;
+  using typename Base::T;
+
+  const Chunk* sequence;  // its first chunk: what all of its chunks say alike
+
+  __device__ __forceinline__ FoldWalk(const Attention& attention, char* raw, int head, int64_t seq)
+      : Base(attention, raw, head),
+        sequence(attention.work.chunks + attention.work.first_chunk[seq]) {}
+
+  // --- steps -------------------------------------------------------------------------------------
+
+  // A tile of the keys that a chunk folds; of a chunk that folds none, an empty one.
+  struct Step {
+    int chunk, tile;
+    int tiles;  // of the chunk
+    int size;   // keys
+    bool decays;
+    float decay;         // of the state, up to the chunk's last key
+    float key_decay[2];  // of the lane's two rows, likewise
+    int64_t pos;         // of the key whose row the lane finds
+    int slot;
+
+    __device__ bool folds() const { return size > 0 || decays; }
+  };
+  // Read a step early, and whether the tile holds a key is not asked: nothing waits.
+  __device__ __forceinline__ Step find_step(int chunk, int tile) const {
+    const Chunk& c = a.work.chunks[chunk];
+    const FoldedKeys folded(a, c, chunk, kv_head);
+    const int first = folded.first + tile * kTileRows;
+    const int left = folded.count - first, most = c.key_count - first;
+    Step step{};
+    step.chunk = chunk;
+    step.tile = tile;
+    step.tiles = c.key_count > kTileRows ? (c.key_count + kTileRows - 1) / kTileRows : 1;
+    step.size = left < 0 ? 0 : left < kTileRows ? left : kTileRows;
+    step.decays = a.has_decay && tile == 0 && c.key_count > 0;
+    if (step.decays) step.decay = decay_between(folded.levels, -1, c.key_count - 1);
+    const int mine = row0 + lane % 16;
+    if (mine < most) {
+      step.pos = folded.pos(first + mine);
+      step.slot = folded.slot(first + mine);
+    }
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + lane / 4 + 8 * half;
+      step.key_decay[half] = row < most ? folded.decay(first + row) : 0.0f;
+    }
+    return step;
+  }
+
+  // Lanes 0 to 15 find the warp's rows of k, the others those of v.
+  __device__ __forceinline__ void load_step(const Step& step, int stage) {
+    if (!step.folds()) return;
+    const auto* from = static_cast<const T*>(params().k.data);
+    if (row0 + lane % 16 < step.size) {
+      const Keys<T> all{a, *sequence, kv_head};
+      from = lane < 16 ? all.key(step.pos, step.slot).data
+                       : all.value(step.pos, step.slot).data + first_column;
+    }
+    copy_warp_rows<kD>(this->template at<T>(Shared::keys), from, 0, row0, step.size);
+    copy_warp_rows<kV>(this->values(stage), from, 16, row0, step.size);
+  }
+
+  // --- states ------------------------------------------------------------------------------------
+
+  // Before a chunk. Behind a barrier after the last update.
+  __device__ __forceinline__ void save_state(int chunk) const {
+    const int64_t cell = cell_of(a, chunk, kv_head), part_size = params().headdim_v * kM;
+    auto* image =
+        static_cast<__nv_bfloat16*>(a.work.states) + cell * kParts * part_size + first_column * kM;
+    DIJIANG_UNROLL()
+    for (int n = 0; n < 2 * kStateTiles; ++n) {
+      DIJIANG_UNROLL()
+      for (int t = 0; t < kM / 8; t += 4) {
+        unsigned packed[kParts][4];
+        DIJIANG_UNROLL()
+        for (int i = 0; i < 4; ++i) {
+          const float* s = state[n / 2][t + i] + n % 2 * 2;
+          const Split<kParts> x(s[0], s[1]);
+          DIJIANG_UNROLL()
+          for (int part = 0; part < kParts; ++part) packed[part][i] = x.part[part];
+        }
+        DIJIANG_UNROLL()
+        for (int part = 0; part < kParts; ++part) {
+          transpose_quad(packed[part]);
+          auto* to =
+              image + part * part_size + tile_offset<kM>(this->state_row(n), (t + lane % 4) * 8);
+          *reinterpret_cast<uint4*>(to) =
+              make_uint4(packed[part][0], packed[part][1], packed[part][2], packed[part][3]);
+        }
+      }
+    }
+    this->write_sums(a.work.z, a.work.scale, cell);
+  }
+
+  // --- the walk ----------------------------------------------------------------------------------
+
+  template <class Between>
+  __device__ __forceinline__ void fold(const Step& step, int stage, const Between& between) {
+    float u[kM / 8][4];
+    this->key_exponents(u);
+    const int row = row0 + lane / 4;
+    const bool kept[2] = {row < step.size, row + 8 < step.size};
+    if (a.has_decay) add_to_rows(u, step.key_decay);
+    this->prepare_features(u, kept, step.decays, step.decay, between);
+    __syncthreads();
+    this->update_state(this->values(stage), step.decays);
+  }
+
+  // Over chunks [first, end) of the table: those of the sequence.
+  __device__ __forceinline__ void run(int first, int end) {
+    this->store_key_map();
+    Step step = find_step(first, 0);
+    load_step(step, 0);
+    __syncthreads();
+    DIJIANG_UNROLL(1)
+    for (int stage = 0;; stage ^= 1) {
+      const bool last_tile = step.tile + 1 == step.tiles;
+      const bool more = !last_tile || step.chunk + 1 < end;
+      Step next{};
+      if (more) next = find_step(step.chunk + last_tile, last_tile ? 0 : step.tile + 1);
+      const auto between = [&] {
+        if (step.tile == 0) save_state(step.chunk);
+        if (more) load_step(next, stage ^ 1);
+      };
+      this->wait_rows();
+      if (step.folds()) {
+        fold(step, stage, between);
+      } else {
+        __syncthreads();
+        between();
+      }
+      if (!more) break;
+      step = next;
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace dijiang::cuda

@@ -1,0 +1,143 @@
+// The fused forward of far keys beside near ones: which calls it takes, and its kernels
+// (fused_fold.h and fused_mixed_rows.h are what blocks do).
+#include "cuda/fused_mixed.h"
+
+#include "cuda/fused_calls.h"
+#include "cuda/fused_fold.h"
+#include "cuda/fused_mixed_rows.h"
+
+namespace dijiang::cuda {
+namespace {
+
+// --- kernels -------------------------------------------------------------------------------------
+
+// Once a call, as each query head has many blocks. Grid: query head.
+template <class Map>
+__global__ void __launch_bounds__(kWalkThreads) split_query_maps(Attention a) {
+  char* to = a.work.query_maps + static_cast<int64_t>(blockIdx.x) * Map::kBytes;
+  Map::store(a.params, a.params.fq, static_cast<int>(blockIdx.x), to, to + Map::kMatrix);
+}
+
+// Grid: sequence, kv head, columns of v.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, 2) fold_states(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  const LinearAttentionParams& p = a.params;
+  const int head = blockIdx.y;
+  FoldWalk<Shape> walk(a, raw, head, blockIdx.x);
+  const int64_t cell = static_cast<int64_t>(blockIdx.x) * p.num_kv_heads + head;
+  walk.read_state(static_cast<const float*>(p.initial.kv), static_cast<const float*>(p.initial.z),
+                  static_cast<const float*>(p.initial.log_scale), cell);
+  walk.run(a.work.first_chunk[blockIdx.x], a.work.first_chunk[blockIdx.x + 1]);
+  if (!p.final.kv) return;
+  walk.write_state(static_cast<float*>(p.final.kv), static_cast<float*>(p.final.z),
+                   static_cast<float*>(p.final.log_scale), cell);
+}
+
+// Grid: (chunk, tile of 64 queries), query head, columns of v.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks) attend_mixed(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  MixedRows<Shape>(a, t, raw).run();
+}
+
+// --- what applies --------------------------------------------------------------------------------
+
+// Calls take(FusedShape, MixedShape) for the sizes of p, for fold and rows; false where there is no
+// kernel for them.
+template <class T, int kDim, int kFeatures, class Take>
+void with_columns(const LinearAttentionParams& p, const Take& take) {
+  const FusedShape<T, kDim, kFeatures> fold;
+  if (p.headdim_v % 128 == 0) {
+    take(fold, MixedShape<T, kDim, 128, kFeatures>{});
+  } else {
+    take(fold, MixedShape<T, kDim, 64, kFeatures>{});
+  }
+}
+template <class T, int kFeatures, class Take>
+bool with_dim(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim == 64) {
+    with_columns<T, 64, kFeatures>(p, take);
+  } else if (p.headdim == 128) {
+    with_columns<T, 128, kFeatures>(p, take);
+  } else {
+    return false;
+  }
+  return true;
+}
+template <class Take>
+bool with_mixed_shape(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim_v <= 0 || p.headdim_v % 64 != 0) return false;
+  if (p.dtype == DType::kBFloat16) {
+    if (p.num_features == 64) return with_dim<__nv_bfloat16, 64>(p, take);
+    if (p.num_features == 128) return with_dim<__nv_bfloat16, 128>(p, take);
+  } else if (p.dtype == DType::kFloat16) {
+    // Two parts of 128 features do not fit into registers.
+    if (p.num_features == 64) return with_dim<__half, 64>(p, take);
+  }
+  return false;
+}
+
+// A block of the first columns writes scales and z that blocks of the others may still have to
+// read.
+bool updates_shared_state(const LinearAttentionParams& p) {
+  return p.initial.kv && p.initial.kv == p.final.kv && p.headdim_v > 64;
+}
+
+}  // namespace
+
+bool fused_mixed_applies(const LinearAttentionParams& p) {
+  if (!fused_switched_on() || p.kind == FeatureKind::kGiven || p.num_heads == 0) return false;
+  const bool has_inner = p.window < kChunk && p.cache.most == 0;
+  if (p.window == 0 || has_inner || updates_shared_state(p)) return false;
+  if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
+  if (!begins_at_pieces(p.out) || !state_begins_at_pieces(p.initial)) return false;
+  int bytes = 0;
+  const bool has_shape = with_mixed_shape(p, [&](auto fold, auto rows) {
+    constexpr int fold_bytes = FusedShared<decltype(fold), false>::bytes(0);
+    constexpr int row_bytes = decltype(rows)::kSharedBytes;
+    bytes = fold_bytes > row_bytes ? fold_bytes : row_bytes;
+  });
+  return has_shape && device_is_sm80() &&
+         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= bytes;
+}
+
+Attention plan_fused_mixed(const LinearAttentionParams& p, Arena& arena) {
+  Attention a = plan_chunks(p, arena);
+  plan_hard_keys(a, arena);
+  const int64_t m = p.num_features, cells = a.max_chunks * p.num_kv_heads;
+  Workspace& w = a.work;
+  w.scale = arena.take<float>(cells * m);
+  w.z = arena.take<float>(cells * m);
+  with_mixed_shape(p, [&](auto, auto rows) {
+    using Shape = decltype(rows);
+    w.query_maps = arena.take<char>(p.num_heads * Shape::Map::kBytes);
+    w.states = arena.take<uint16_t>(cells * Shape::kParts * p.headdim_v * m);
+  });
+  return a;
+}
+
+void launch_fused_mixed(const Attention& a, cudaStream_t stream) {
+  const LinearAttentionParams& p = a.params;
+  with_mixed_shape(p, [&](auto fold, auto rows) {
+    using Fold = decltype(fold);
+    using Rows = decltype(rows);
+    const auto heads = static_cast<unsigned>(p.num_heads);
+    DIJIANG_LAUNCH(split_query_maps<typename Rows::Map>, heads, kWalkThreads, 0, stream, a);
+    constexpr int fold_bytes = FusedShared<Fold, false>::bytes(0);
+    allow_shared(fold_states<Fold>, fold_bytes);
+    DIJIANG_LAUNCH(fold_states<Fold>,
+                   dim3(static_cast<unsigned>(p.num_seqs), static_cast<unsigned>(p.num_kv_heads),
+                        static_cast<unsigned>(p.headdim_v / Fold::kValueDim)),
+                   kWalkThreads, fold_bytes, stream, a);
+    allow_shared(attend_mixed<Rows>, Rows::kSharedBytes);
+    DIJIANG_LAUNCH(attend_mixed<Rows>,
+                   dim3(static_cast<unsigned>(a.max_chunks * a.row_tiles), heads,
+                        static_cast<unsigned>(p.headdim_v / Rows::kValueDim)),
+                   kWalkThreads, Rows::kSharedBytes, stream, a);
+  });
+}
+
+}  // namespace dijiang::cuda

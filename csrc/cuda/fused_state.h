@@ -1,0 +1,264 @@
+// What walks over keys have in common: the state of a block in registers, transposed, a quarter of
+// its columns of v a warp; its scales and z in shared memory; and how a tile of 64 keys, 16 a warp,
+// goes into it. FusedShared says where all lies.
+#pragma once
+
+#include "cuda/attention_phases.h"
+#include "cuda/fused_layout.h"
+
+namespace dijiang::cuda {
+
+template <class Shape, class Shared_>
+struct StateWalk {
+  using T = typename Shape::T;
+  using Shared = Shared_;
+  using Map = typename Shape::Map;
+  static constexpr int kD = Shape::kHeadDim, kM = Shape::kFeatures, kV = Shape::kValueDim;
+  static constexpr int kParts = Shape::kParts;
+  static constexpr int kStateTiles = kV / (16 * kWalkWarps);
+
+  const Attention& a;
+  char* shared;
+  int kv_head, first_column;
+  int lane, warp, row0;
+  float state[kStateTiles][kM / 8][4];  // columns of v by features, at the scale Shared::scale
+
+  __device__ __forceinline__ StateWalk(const Attention& attention, char* raw, int head)
+      : a(attention),
+        shared(raw),
+        kv_head(head),
+        first_column(static_cast<int>(blockIdx.z) * kV),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        row0(threadIdx.x / 32 * 16) {}
+
+  __device__ __forceinline__ const LinearAttentionParams& params() const { return a.params; }
+  template <class U>
+  __device__ __forceinline__ U* at(int offset) const {
+    return reinterpret_cast<U*>(shared + offset);
+  }
+  // One of the two stages.
+  __device__ __forceinline__ T* values(int stage) const {
+    return at<T>(Shared::values) + stage * (kTileRows * kV);
+  }
+  __device__ __forceinline__ void wait_rows() {
+    wait_copies();
+    __syncwarp();
+  }
+
+  // --- keys --------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void store_key_map() {
+    Map::store(params(), params().fk, kv_head, shared + Shared::key_omega,
+               shared + Shared::key_lines);
+  }
+  // Exponents of the features of the warp's rows of a tile.
+  __device__ __forceinline__ void exponents(const T* tile, const Map& map, const void* betas,
+                                            int head, float (&u)[kM / 8][4]) {
+    map.template exponents<2>(
+        betas, head, u, [&](unsigned(&left)[4], int k) { load_left<kD>(left, tile, row0, k); });
+  }
+  __device__ __forceinline__ void key_exponents(float (&u)[kM / 8][4]) {
+    const Map map{params(), shared + Shared::key_omega, shared + Shared::key_lines};
+    exponents(at<T>(Shared::keys), map, params().fk.beta, kv_head, u);
+  }
+
+  // u: exponents of the warp's rows, decayed as the walk is; kept: the lane's two. state_decay,
+  // where decayed: up to where theirs goes. Leaves M', what state and z are multiplied by to refer
+  // to it, and the features 2^(u - M') in shared memory, which are there behind a barrier. between:
+  // called when all warps are done with what they did before.
+  template <class Between>
+  __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
+                                                   const bool (&kept)[2], bool decayed,
+                                                   float state_decay, const Between& between) {
+    {
+      float most[kM / 8][2];
+      DIJIANG_UNROLL()
+      for (int t = 0; t < kM / 8; ++t) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 2; ++e) {
+          most[t][e] = fmaxf(kept[0] ? u[t][e] : kEmpty, kept[1] ? u[t][2 + e] : kEmpty);
+        }
+      }
+      const int tile = max_over_rows<kM / 8>(most);
+      float* maxima = at<float>(Shared::maxima) + warp * kM;
+      DIJIANG_UNROLL()
+      for (int t = 0; t < kM / 64; ++t) {
+        maxima[(tile + t) * 8 + 2 * (lane % 4)] = most[t][0];
+        maxima[(tile + t) * 8 + 2 * (lane % 4) + 1] = most[t][1];
+      }
+    }
+    __syncthreads();
+    between();
+
+    // Every warp for itself: they all write the same numbers.
+    float* top = at<float>(Shared::top);
+    float* factor = at<float>(Shared::factor);
+    for (int i = lane; i < kM; i += 32) {
+      float most = kEmpty;
+      for (int w = 0; w < kWalkWarps; ++w) {
+        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
+      }
+      float before = at<float>(Shared::scale)[i], times = 1.0f;
+      if (decayed) {
+        float rest = at<float>(Shared::rest)[i];
+        const DecayStep step = step_decay(state_decay, rest);
+        before = fmaxf(before + step.whole, kEmpty);
+        times = step.factor;
+        at<float>(Shared::next_rest)[i] = rest;
+      }
+      const float most_of_all = fmaxf(before, ceilf(most));
+      times = scale2(times, before - most_of_all);
+      top[i] = most_of_all;
+      factor[i] = times;
+      at<float>(Shared::top_z)[i] = at<float>(Shared::z)[i] * times;
+    }
+    __syncwarp();
+
+    auto* features = at<__nv_bfloat16>(Shared::features);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      const float top0 = top[column], top1 = top[column + 1];
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        const Split<kParts> x(kept[half] ? exp2_below(u[t][2 * half], -top0) : 0.0f,
+                              kept[half] ? exp2_below(u[t][2 * half + 1], -top1) : 0.0f);
+        DIJIANG_UNROLL()
+        for (int part = 0; part < kParts; ++part) {
+          store_pair(features + part * kTileRows * kM, row0 + lane / 4 + 8 * half, column,
+                     x.part[part]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void store_pair(__nv_bfloat16* tile, int row, int column,
+                                                    unsigned x) {
+    *reinterpret_cast<unsigned*>(tile + tile_offset<kM>(row, column)) = x;
+  }
+  // Column of v of the lane's part n of the state.
+  __device__ __forceinline__ int state_row(int n) const {
+    return warp * (16 * kStateTiles) + n * 8 + lane / 4;
+  }
+
+  // --- state -------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void update_state(const T* value_tile, bool decayed) {
+    const auto* factor = at<float>(Shared::factor);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      const float factor0 = factor[column], factor1 = factor[column + 1];
+      DIJIANG_UNROLL()
+      for (int n = 0; n < kStateTiles; ++n) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 4; ++e) state[n][t][e] *= e % 2 ? factor1 : factor0;
+      }
+    }
+    // Each warp sums the features of a quarter, as the product sees them.
+    constexpr int kOwn = kM / (8 * kWalkWarps);
+    float sums[kOwn] = {};
+    DIJIANG_UNROLL()
+    for (int s = 0; s < kTileRows; s += 16) {
+      unsigned v[kStateTiles][kParts][4];
+      DIJIANG_UNROLL()
+      for (int n = 0; n < kStateTiles; ++n) {
+        load_left_transposed<kV>(v[n][0], value_tile, (warp * kStateTiles + n) * 16, s);
+        if constexpr (kParts == 2) {
+          DIJIANG_UNROLL()
+          for (int r = 0; r < 4; ++r) {
+            const Pair<T> x = unpack<T>(v[n][0][r]);
+            const Split<kParts> split(x.first, x.second);  // exact
+            v[n][0][r] = split.part[0];
+            v[n][1][r] = split.part[1];
+          }
+        }
+      }
+      DIJIANG_UNROLL()
+      for (int i = 0; i < kM; i += 16) {
+        unsigned b[kParts][4];
+        DIJIANG_UNROLL()
+        for (int part = 0; part < kParts; ++part) {
+          load_right_transposed<kM>(
+              b[part], at<__nv_bfloat16>(Shared::features) + part * kTileRows * kM, i, s);
+        }
+        DIJIANG_UNROLL()
+        for (int n = 0; n < kStateTiles; ++n) {
+          multiply_parts_16<kParts>(state[n][i / 8], state[n][i / 8 + 1], v[n], b);
+        }
+        if (i / (8 * kOwn) != warp) continue;
+        DIJIANG_UNROLL()
+        for (int r = 0; r < 4; ++r) {
+          DIJIANG_UNROLL()
+          for (int part = 0; part < kParts; ++part) {
+            const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[part][r]);
+            sums[(i / 8 + r / 2) % kOwn] += x.first + x.second;
+          }
+        }
+      }
+    }
+    DIJIANG_UNROLL()
+    for (int n = 0; n < kOwn; ++n) {
+      const float sum = quad_sum(sums[n]);
+      const int i = (warp * kOwn + n) * 8 + lane / 4;
+      if (lane % 4 == 0) {
+        at<float>(Shared::z)[i] = at<float>(Shared::top_z)[i] + sum;
+        at<float>(Shared::scale)[i] = at<float>(Shared::top)[i];
+        if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
+      }
+    }
+  }
+
+  // Of kv, whose last dimension is the whole of headdim_v.
+  __device__ __forceinline__ int64_t element(int64_t cell, int i, int n) const {
+    return (cell * kM + i) * params().headdim_v + first_column + state_row(n);
+  }
+  // cell: of (sequence or part, kv head). Null kv: empty.
+  __device__ __forceinline__ void read_state(const float* kv, const float* z, const float* scale,
+                                             int64_t cell) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int n = 0; n < 2 * kStateTiles; ++n) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 2; ++e) {
+          const int i = 8 * t + 2 * (lane % 4) + e;
+          state[n / 2][t][n % 2 * 2 + e] = kv ? kv[element(cell, i, n)] : 0.0f;
+        }
+      }
+    }
+    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
+      const float x = kv ? z[cell * kM + i] : 0.0f;
+      at<float>(Shared::z)[i] = x;
+      at<float>(Shared::scale)[i] = kv ? scale[cell * kM + i] : kEmpty;
+      at<float>(Shared::rest)[i] = kv && !(x < 1.0f) ? 0.999f : 0.0f;
+    }
+  }
+  // After a barrier behind the last update.
+  __device__ __forceinline__ void write_state(float* kv, float* z, float* scale,
+                                              int64_t cell) const {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int n = 0; n < 2 * kStateTiles; ++n) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 2; ++e) {
+          const int i = 8 * t + 2 * (lane % 4) + e;
+          kv[element(cell, i, n)] = state[n / 2][t][n % 2 * 2 + e];
+        }
+      }
+    }
+    write_sums(z, scale, cell);
+  }
+  // By the block of the first columns.
+  __device__ __forceinline__ void write_sums(float* z, float* scale, int64_t cell) const {
+    if (first_column != 0) return;
+    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
+      z[cell * kM + i] = at<float>(Shared::z)[i];
+      scale[cell * kM + i] = at<float>(Shared::scale)[i];
+    }
+  }
+};
+
+}  // namespace dijiang::cuda
