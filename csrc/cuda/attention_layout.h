@@ -36,6 +36,17 @@ struct Place {
   int32_t pos, slot;
 };
 
+// How the fused mixed forward cuts the chunks of each sequence among blocks that walk over them,
+// and over (num_seqs, parts but for the last, kv heads) the state of a part's keys alone.
+struct FoldParts {
+  int count;   // of a sequence
+  int chunks;  // of a part
+  float* kv;   // (.., num_features, headdim_v)
+  float* z;    // (.., num_features)
+  float* scale;
+  double* decay;  // of the part, base 2
+};
+
 // Dense float buffers over tokens have the shape (batch, heads, seqlen, ...), those over chunks
 // (chunk, kv heads, ...).
 struct Workspace {
@@ -64,7 +75,8 @@ struct Workspace {
   float* cache_features;  // (num_seqs, all slots, num_features): of the given state
   // Of the fused mixed forward, which has no features and no kv in memory.
   char* query_maps;  // (heads): omega as tiles in shared memory have it
-  void* states;      // (.., parts, headdim_v, num_features): kv before the chunk, likewise
+  void* states;      // (.., 1 or 2, headdim_v, num_features): kv before the chunk, likewise
+  FoldParts parts;
 };
 
 struct Attention {

@@ -1,13 +1,14 @@
-// One block's walk over the keys that the chunks of a sequence fold, for kValueDim columns of v: it
-// leaves the state before each chunk in the workspace, in the form in which rows read it, and the
-// final state. Keys are those of FoldedKeys, 64 at a time; their rows may lie anywhere.
+// One block's walk over the keys that chunks of a sequence fold, for kValueDim columns of v. It
+// leaves the state before each chunk in the workspace, in the form in which rows read it. Keys are
+// those of FoldedKeys, 64 at a time; their rows may lie anywhere.
 #pragma once
 
 #include "cuda/fused_state.h"
 
 namespace dijiang::cuda {
 
-template <class Shape>
+// kSaves: whether states before chunks are wanted, or but the last.
+template <class Shape, bool kSaves>
 struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   using Base = StateWalk<Shape, FusedShared<Shape, false>>;
   using Base::a;
@@ -26,10 +27,16 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   using typename Base::T;
 
   const Chunk* sequence;  // its first chunk: what all of its chunks say alike
+  double decay = 0.0;     // of all chunks so far, base 2
 
   __device__ __forceinline__ FoldWalk(const Attention& attention, char* raw, int head, int64_t seq)
       : Base(attention, raw, head),
         sequence(attention.work.chunks + attention.work.first_chunk[seq]) {}
+
+  template <class U>
+  __device__ __forceinline__ U* at(int offset) const {
+    return Base::template at<U>(offset);
+  }
 
   // --- steps -------------------------------------------------------------------------------------
 
@@ -81,7 +88,7 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
       from = lane < 16 ? all.key(step.pos, step.slot).data
                        : all.value(step.pos, step.slot).data + first_column;
     }
-    copy_warp_rows<kD>(this->template at<T>(Shared::keys), from, 0, row0, step.size);
+    copy_warp_rows<kD>(at<T>(Shared::keys), from, 0, row0, step.size);
     copy_warp_rows<kV>(this->values(stage), from, 16, row0, step.size);
   }
 
@@ -117,6 +124,33 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
     this->write_sums(a.work.z, a.work.scale, cell);
   }
 
+  // Behind all keys so far come those of a part, of which its own walk has left the state.
+  __device__ __forceinline__ void add_part(const FoldParts& part, int64_t cell) {
+    auto* factor = at<float>(Shared::factor);
+    auto* part_factor = at<float>(Shared::top);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
+      float& scale = at<float>(Shared::scale)[i];
+      float& z = at<float>(Shared::z)[i];
+      float before = scale, times = 1.0f;
+      if (a.has_decay) {
+        const auto all = static_cast<float>(part.decay[cell]);
+        const DecayStep step = step_decay(all, at<float>(Shared::rest)[i]);
+        before = fmaxf(before + step.whole, kEmpty);
+        times = step.factor;
+      }
+      const float local = part.scale[cell * kM + i];
+      scale = fmaxf(before, local);
+      factor[i] = scale2(times, before - scale);
+      part_factor[i] = scale2(1.0f, local - scale);
+      z = z * factor[i] + part.z[cell * kM + i] * part_factor[i];
+    }
+    __syncthreads();
+    this->each_element([&](int i, int n, float& x) {
+      x = x * factor[i] + part.kv[this->element(cell, i, n)] * part_factor[i];
+    });
+  }
+
   // --- the walk ----------------------------------------------------------------------------------
 
   template <class Between>
@@ -131,7 +165,7 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
     this->update_state(this->values(stage), step.decays);
   }
 
-  // Over chunks [first, end) of the table: those of the sequence.
+  // Over chunks [first, end) of the table.
   __device__ __forceinline__ void run(int first, int end) {
     this->store_key_map();
     Step step = find_step(first, 0);
@@ -144,9 +178,10 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
       Step next{};
       if (more) next = find_step(step.chunk + last_tile, last_tile ? 0 : step.tile + 1);
       const auto between = [&] {
-        if (step.tile == 0) save_state(step.chunk);
+        if (kSaves && step.tile == 0) save_state(step.chunk);
         if (more) load_step(next, stage ^ 1);
       };
+      decay += step.decay;
       this->wait_rows();
       if (step.folds()) {
         fold(step, stage, between);

@@ -9,6 +9,8 @@
 namespace dijiang::cuda {
 namespace {
 
+constexpr int kFoldColumns = 64;  // of v, a block
+
 // --- kernels -------------------------------------------------------------------------------------
 
 // Once a call, as each query head has many blocks. Grid: query head.
@@ -18,18 +20,58 @@ __global__ void __launch_bounds__(kWalkThreads) split_query_maps(Attention a) {
   Map::store(a.params, a.params.fq, static_cast<int>(blockIdx.x), to, to + Map::kMatrix);
 }
 
-// Grid: sequence, kv head, columns of v.
+// Of the blocks of `parts` parts a sequence: which part of the chunk table this one has.
+struct FoldPart {
+  int64_t seq;
+  int index, first, end;
+  bool is_last;
+
+  __device__ FoldPart(const Attention& a, int parts)
+      : seq(blockIdx.x / parts), index(static_cast<int>(blockIdx.x % parts)) {
+    const int chunks = a.work.parts.chunks, behind = a.work.first_chunk[seq + 1];
+    first = a.work.first_chunk[seq] + index * chunks;
+    is_last = first + chunks >= behind;
+    end = is_last ? behind : first + chunks;
+  }
+  // Of a state of all parts but the last.
+  __device__ int64_t cell(const Attention& a, int part, int head) const {
+    return (seq * (a.work.parts.count - 1) + part) * a.params.num_kv_heads + head;
+  }
+};
+
+// The states of parts alone, but for the last ones. Grid: (sequence, part), kv head, columns of v.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, 2) fold_parts(Attention a) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  const FoldPart part(a, a.work.parts.count - 1);
+  if (part.is_last) return;
+  const int head = blockIdx.y;
+  FoldWalk<Shape, false> walk(a, raw, head, part.seq);
+  walk.read_state(nullptr, nullptr, nullptr, 0);
+  walk.run(part.first, part.end);
+  const FoldParts& out = a.work.parts;
+  const int64_t cell = part.cell(a, part.index, head);
+  walk.write_state(out.kv, out.z, out.scale, cell);
+  if (blockIdx.z == 0 && threadIdx.x == 0) out.decay[cell] = walk.decay;
+}
+
+// States before all chunks. Grid: (sequence, part), kv head, columns of v.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) fold_states(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
   const LinearAttentionParams& p = a.params;
+  const FoldPart part(a, a.work.parts.count);
+  if (part.first >= part.end) return;
   const int head = blockIdx.y;
-  FoldWalk<Shape> walk(a, raw, head, blockIdx.x);
-  const int64_t cell = static_cast<int64_t>(blockIdx.x) * p.num_kv_heads + head;
+  FoldWalk<Shape, true> walk(a, raw, head, part.seq);
+  const int64_t cell = part.seq * p.num_kv_heads + head;
   walk.read_state(static_cast<const float*>(p.initial.kv), static_cast<const float*>(p.initial.z),
                   static_cast<const float*>(p.initial.log_scale), cell);
-  walk.run(a.work.first_chunk[blockIdx.x], a.work.first_chunk[blockIdx.x + 1]);
-  if (!p.final.kv) return;
+  for (int before = 0; before < part.index; ++before) {
+    walk.add_part(a.work.parts, part.cell(a, before, head));
+  }
+  walk.run(part.first, part.end);
+  if (!p.final.kv || !part.is_last) return;
   walk.write_state(static_cast<float*>(p.final.kv), static_cast<float*>(p.final.z),
                    static_cast<float*>(p.final.log_scale), cell);
 }
@@ -50,6 +92,7 @@ __global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks) attend_mixed(Att
 template <class T, int kDim, int kFeatures, class Take>
 void with_columns(const LinearAttentionParams& p, const Take& take) {
   const FusedShape<T, kDim, kFeatures> fold;
+  static_assert(fold.kValueDim == kFoldColumns);
   if (p.headdim_v % 128 == 0) {
     take(fold, MixedShape<T, kDim, 128, kFeatures>{});
   } else {
@@ -80,10 +123,39 @@ bool with_mixed_shape(const LinearAttentionParams& p, const Take& take) {
   return false;
 }
 
-// A block of the first columns writes scales and z that blocks of the others may still have to
-// read.
+bool updates_in_place(const LinearAttentionParams& p) {
+  return p.initial.kv && p.initial.kv == p.final.kv;
+}
+// The block of the first columns writes scales and z that others may still have to read.
 bool updates_shared_state(const LinearAttentionParams& p) {
-  return p.initial.kv && p.initial.kv == p.final.kv && p.headdim_v > 64;
+  return updates_in_place(p) && p.headdim_v > kFoldColumns;
+}
+
+// A walk is nothing but latency: where sequences and heads leave multiprocessors idle, it is cut.
+// Its parts are walked over twice, so two of them gain nothing; each adds up the states of those
+// before.
+constexpr int64_t kFoldBlocks = 2;  // a multiprocessor
+constexpr int64_t kLeastChunks = 8, kLeastParts = 3, kMostParts = 32;
+
+FoldParts plan_parts(const Attention& a, Arena& arena) {
+  const LinearAttentionParams& p = a.params;
+  FoldParts parts{};
+  const int64_t chunks = p.seqlen / a.chunk_size + 2;  // of a sequence at most
+  const int64_t blocks = p.num_seqs * p.num_kv_heads * (p.headdim_v / kFoldColumns);
+  const int64_t wanted = kFoldBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
+  int64_t count = blocks > 0 ? wanted / blocks : 1;
+  if (count > chunks / kLeastChunks) count = chunks / kLeastChunks;
+  if (count > kMostParts) count = kMostParts;
+  // A state updated in place must not change under parts that read it.
+  if (count < kLeastParts || updates_in_place(p)) count = 1;
+  parts.count = static_cast<int>(count);
+  parts.chunks = static_cast<int>(ceil_div(chunks, count));
+  const int64_t cells = p.num_seqs * (count - 1) * p.num_kv_heads, m = p.num_features;
+  parts.kv = arena.take<float>(cells * m * p.headdim_v);
+  parts.z = arena.take<float>(cells * m);
+  parts.scale = arena.take<float>(cells * m);
+  parts.decay = arena.take<double>(cells);
+  return parts;
 }
 
 }  // namespace
@@ -116,6 +188,7 @@ Attention plan_fused_mixed(const LinearAttentionParams& p, Arena& arena) {
     w.query_maps = arena.take<char>(p.num_heads * Shape::Map::kBytes);
     w.states = arena.take<uint16_t>(cells * Shape::kParts * p.headdim_v * m);
   });
+  w.parts = plan_parts(a, arena);
   return a;
 }
 
@@ -127,11 +200,18 @@ void launch_fused_mixed(const Attention& a, cudaStream_t stream) {
     const auto heads = static_cast<unsigned>(p.num_heads);
     DIJIANG_LAUNCH(split_query_maps<typename Rows::Map>, heads, kWalkThreads, 0, stream, a);
     constexpr int fold_bytes = FusedShared<Fold, false>::bytes(0);
+    const auto parts = static_cast<unsigned>(a.work.parts.count);
+    const auto seqs = static_cast<unsigned>(p.num_seqs);
+    const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
+    const auto columns = static_cast<unsigned>(p.headdim_v / kFoldColumns);
+    if (parts > 1) {
+      allow_shared(fold_parts<Fold>, fold_bytes);
+      DIJIANG_LAUNCH(fold_parts<Fold>, dim3(seqs * (parts - 1), kv_heads, columns), kWalkThreads,
+                     fold_bytes, stream, a);
+    }
     allow_shared(fold_states<Fold>, fold_bytes);
-    DIJIANG_LAUNCH(fold_states<Fold>,
-                   dim3(static_cast<unsigned>(p.num_seqs), static_cast<unsigned>(p.num_kv_heads),
-                        static_cast<unsigned>(p.headdim_v / Fold::kValueDim)),
-                   kWalkThreads, fold_bytes, stream, a);
+    DIJIANG_LAUNCH(fold_states<Fold>, dim3(seqs * parts, kv_heads, columns), kWalkThreads,
+                   fold_bytes, stream, a);
     allow_shared(attend_mixed<Rows>, Rows::kSharedBytes);
     DIJIANG_LAUNCH(attend_mixed<Rows>,
                    dim3(static_cast<unsigned>(a.max_chunks * a.row_tiles), heads,

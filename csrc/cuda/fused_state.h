@@ -210,6 +210,20 @@ struct StateWalk {
     }
   }
 
+  // take(i, n, x): x of the lane's state belongs to feature i and its part n of the columns.
+  template <class Take>
+  __device__ __forceinline__ void each_element(const Take& take) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      DIJIANG_UNROLL()
+      for (int n = 0; n < 2 * kStateTiles; ++n) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 2; ++e) {
+          take(8 * t + 2 * (lane % 4) + e, n, state[n / 2][t][n % 2 * 2 + e]);
+        }
+      }
+    }
+  }
   // Of kv, whose last dimension is the whole of headdim_v.
   __device__ __forceinline__ int64_t element(int64_t cell, int i, int n) const {
     return (cell * kM + i) * params().headdim_v + first_column + state_row(n);
@@ -217,17 +231,7 @@ struct StateWalk {
   // cell: of (sequence or part, kv head). Null kv: empty.
   __device__ __forceinline__ void read_state(const float* kv, const float* z, const float* scale,
                                              int64_t cell) {
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2 * kStateTiles; ++n) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const int i = 8 * t + 2 * (lane % 4) + e;
-          state[n / 2][t][n % 2 * 2 + e] = kv ? kv[element(cell, i, n)] : 0.0f;
-        }
-      }
-    }
+    each_element([&](int i, int n, float& x) { x = kv ? kv[element(cell, i, n)] : 0.0f; });
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
       const float x = kv ? z[cell * kM + i] : 0.0f;
       at<float>(Shared::z)[i] = x;
@@ -236,19 +240,8 @@ struct StateWalk {
     }
   }
   // After a barrier behind the last update.
-  __device__ __forceinline__ void write_state(float* kv, float* z, float* scale,
-                                              int64_t cell) const {
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2 * kStateTiles; ++n) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const int i = 8 * t + 2 * (lane % 4) + e;
-          kv[element(cell, i, n)] = state[n / 2][t][n % 2 * 2 + e];
-        }
-      }
-    }
+  __device__ __forceinline__ void write_state(float* kv, float* z, float* scale, int64_t cell) {
+    each_element([&](int i, int n, float& x) { kv[element(cell, i, n)] = x; });
     write_sums(z, scale, cell);
   }
   // By the block of the first columns.

@@ -25,6 +25,17 @@ using emulated::ran;
 using emulated::State;
 using oracle::Problem;
 
+// Of the device played: how many multiprocessors (many: walks are cut), and shared memory.
+struct Device {
+  explicit Device(int multiprocessors, int shared_bytes = 227 * 1024)
+      : before(cuda_emulator::device()) {
+    cuda_emulator::device() = {multiprocessors, shared_bytes};
+    forget_kernels();
+  }
+  ~Device() { cuda_emulator::device() = before; }
+  cuda_emulator::Device before;
+};
+
 void expect_fused() {
   EXPECT_TRUE(ran("attend_mixed") && ran("fold_states"));
   EXPECT_FALSE(ran("compute_features") || ran("local_states") || ran("scan_states"));
@@ -200,8 +211,7 @@ TEST(EmulatedMixed, WindowsBFloat16) { check_windows<__nv_bfloat16>(); }
 TEST(EmulatedMixed, WindowsHalf) { check_windows<__half>(); }
 
 TEST(EmulatedMixed, Sizes) {
-  const cuda_emulator::Device before = cuda_emulator::device();
-  cuda_emulator::device().shared_bytes = 227 * 1024;
+  const Device device(1);
   for (const auto& [dim, dim_v, features] : std::vector<std::array<int, 3>>{{64, 128, 64},
                                                                             {128, 64, 64},
                                                                             {128, 128, 64},
@@ -222,7 +232,31 @@ TEST(EmulatedMixed, Sizes) {
       if (features == 64) check<__half>(p);
     }
   }
-  cuda_emulator::device() = before;
+}
+
+// Where multiprocessors would idle a sequence is cut into parts, whose number they decide.
+template <class T>
+void check_parts(Problem p, int multiprocessors) {
+  const Device device(multiprocessors);
+  check<T>(p);
+  EXPECT_TRUE(ran("fold_parts"));
+}
+TEST(EmulatedMixed, WalksInParts) {
+  for (const bool decay : {false, true}) {
+    Problem p = problem(600, 16, 4, 20);
+    p.heads = 1;
+    p.decay = decay;
+    check_parts<__nv_bfloat16>(p, 2);
+    check_parts<__half>(p, 1000);
+    p.dim_v = 128;
+    p.segments = {{0, 0, 1}, {0, 1, 70}, {0, 80, 600}};
+    check_parts<__half>(p, 1000);
+    p = problem(1500, 64, 4);
+    p.heads = 1;
+    p.decay = decay;
+    check_parts<__nv_bfloat16>(p, 1000);
+    check_parts<__half>(p, 1000);
+  }
 }
 
 TEST(EmulatedMixed, GroupedQueries) {
@@ -304,11 +338,11 @@ TEST(EmulatedMixed, GivenTable) {
 
 // Calls behind one another equal one: keys to fold lie in window buffers, in slots and in the call.
 template <class T>
-void check_split(Problem p, const std::vector<int>& cuts) {
+void check_split(Problem p, const std::vector<int>& cuts, int multiprocessors = 1) {
   SCOPED_TRACE(name(p));
   fill<T>(p, 3);
   const oracle::Result want = oracle::run(p, false);
-  forget_kernels();
+  const Device device(multiprocessors);
   Call<T> call(p, 1);
   State<T> state(p);
   ASSERT_EQ(call.forward_parts(cuts, state), cudaSuccess);
@@ -344,18 +378,30 @@ TEST(EmulatedMixed, HardKeysSplitAnywhere) {
   }
 }
 
+TEST(EmulatedMixed, SplitCallsInParts) {
+  for (const bool decay : {false, true}) {
+    Problem p = problem(1000, 16, 3, 20);
+    p.heads = 1;
+    p.decay = decay;
+    check_split<__half>(p, {500, 520, 1000}, 1000);
+    check_split<__nv_bfloat16>(p, {450, 1000}, 1000);
+  }
+}
+
 TEST(EmulatedMixed, StateInPlace) {
-  Problem p = problem(300, 64, 4);
+  Problem p = problem(1800, 64, 4);
+  p.heads = 1;
   for (const int dim_v : {64, 128}) {
     p.dim_v = dim_v;
     fill<__nv_bfloat16>(p, 3);
     const oracle::Result want = oracle::run(p, false);
-    forget_kernels();
+    const Device device(1000);
     Call<__nv_bfloat16> call(p, 1);
     State<__nv_bfloat16> state(p);
-    ASSERT_EQ(call.forward_part(0, 200, state, state), cudaSuccess);
-    ASSERT_EQ(call.forward_part(200, 300, state, state), cudaSuccess);
+    ASSERT_EQ(call.forward_part(0, 100, state, state), cudaSuccess);
+    ASSERT_EQ(call.forward_part(100, 1800, state, state), cudaSuccess);
     EXPECT_EQ(ran("fold_states"), dim_v == 64);
+    EXPECT_FALSE(ran("fold_parts"));
     EXPECT_LT(far_error(p, call, want), kTolerance<__nv_bfloat16>);
     EXPECT_LT(error(state.true_kv(p.dim_v), want.kv), kStateTolerance<__nv_bfloat16>);
   }
@@ -471,6 +517,24 @@ TEST(EmulatedMixed, MildDecayForEver) {
   for (const float x : state.z) EXPECT_LT(x, 1000.0f);  // each key adds up to 1
 }
 
+// What decay has made as nothing, between parts of a walk.
+TEST(EmulatedMixed, StrongDecayBetweenParts) {
+  Problem p = problem(600, 16, 0, 10);
+  p.heads = 1;
+  p.decay = true;
+  fill<__half>(p, 4);
+  for (size_t t = 0; t < p.log_decay.size(); ++t) {
+    p.log_decay[t] = t % 40 == 5 ? -200.0f : t % 7 == 0 ? -4.0f : -0.001f;
+  }
+  const Device device(1000);
+  Call<__half> call(p, 1);
+  State<__half> state(p);
+  ASSERT_EQ(call.forward(&state), cudaSuccess);
+  expect_fused();
+  EXPECT_TRUE(ran("fold_parts"));
+  compare(p, call, state, oracle::run(p, false));
+}
+
 template <class T>
 void check_extremes(FeatureKind kind, double size) {
   Problem p = problem(210, 64, 3);
@@ -572,11 +636,12 @@ TEST(EmulatedMixed, OrderOfThreadsChangesNothing) {
     p.dim_v = 128;
     fill<__nv_bfloat16>(p, 9);
     emulated::expect_same_in_any_order([&] {
-      forget_kernels();
+      const Device device(cache_size > 0 ? 1000 : 1);
       Call<__nv_bfloat16> call(p, 1);
       State<__nv_bfloat16> state(p);
       EXPECT_EQ(call.forward(&state), cudaSuccess);
       expect_fused();
+      EXPECT_EQ(ran("fold_parts"), cache_size > 0);
       auto all = emulated::widen(call.out);
       all.insert(all.end(), call.row_scale.begin(), call.row_scale.end());
       all.insert(all.end(), call.row_sum.begin(), call.row_sum.end());
@@ -651,10 +716,8 @@ TEST(EmulatedMixed, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& a) { a.out = static_cast<char*>(a.out) + 8; }));
   EXPECT_FALSE(
       applies([](Params& a) { a.initial.sink_k = static_cast<char*>(a.initial.sink_k) + 2; }));
-  const cuda_emulator::Device before = cuda_emulator::device();
-  cuda_emulator::device().shared_bytes = 48 * 1024;
+  const Device small(1, 48 * 1024);
   EXPECT_FALSE(applies([](Params&) {}));
-  cuda_emulator::device() = before;
 }
 
 // No features of any token, and states of 16 bits.
