@@ -1,82 +1,77 @@
-// The fused backward of far keys alone: which calls it takes, and its kernels. Two walks leave the
-// states before and behind every chunk (fused_far_walks.h); then all chunks at once
-// (fused_far_grads.h), the rows that these leave out (fused_far_unsafe.h), and the parameters
-// (fused_far_parameters.h). No atomics: the same bits on every run.
+// The fused backward of far keys: which calls it takes, and its kernels. Two walks leave the states
+// before and behind every chunk (fused_fold.h, fused_reverse.h); then all chunks at once. With far
+// keys alone a block has a chunk (fused_far_grads.h) and rows are left out that overflow
+// (fused_far_unsafe.h); beside near keys it has 64 queries, or keys (fused_far_sides.h), and adds
+// what the near backward has left. Parameters come last (fused_far_parameters.h). No atomics: the
+// same bits on every run.
 #include "cuda/fused_far_backward.h"
 
 #include "cuda/backward_far.h"
+#include "cuda/backward_near.h"
+#include "cuda/fused_calls.h"
 #include "cuda/fused_far_parameters.h"
+#include "cuda/fused_far_sides.h"
 #include "cuda/fused_far_unsafe.h"
-#include "cuda/fused_far_walks.h"
 #include "cuda/fused_forward.h"
-#include "cuda/fused_parts.h"
+#include "cuda/fused_mixed.h"
+#include "cuda/fused_near_backward.h"
+#include "cuda/fused_reverse.h"
+#include "cuda/fused_states.h"
 
 namespace dijiang::cuda {
 namespace {
 
 // --- kernels -------------------------------------------------------------------------------------
 
-// Grid of the walks: part, kv head, 64 columns of v.
-template <class Part>
-__global__ void __launch_bounds__(kWalkThreads, 2)
-    write_states(const __grid_constant__ FarBackward b) {
-  DIJIANG_DYNAMIC_SHARED(raw);
-  const Attention& a = b.f.attention;
-  const LinearAttentionParams& p = a.params;
-  Chunk c;
-  if (!find_part_chunk(b.f, c)) return;
-  StateWalk<Part> walk(b.f, raw);
-  find_part(walk, c, blockIdx.y, 0);
-  const int64_t cell = cell_of(a, blockIdx.x, blockIdx.y);
-  if (b.f.split) {
-    walk.read_state(a.work.kv, a.work.z, a.work.scale, cell);
-  } else {
-    walk.read_state(static_cast<const float*>(p.initial.kv), static_cast<const float*>(p.initial.z),
-                    static_cast<const float*>(p.initial.log_scale), cell);
-  }
-  walk.run_and_write(b.work, b.first_chunk[c.seq] + c.query_pos / kTileRows);
+// Of a state of all parts but the first.
+__device__ inline int64_t part_cell(const FarBackward& b, int64_t seq, int part, int head) {
+  return (seq * (b.work.parts.count - 1) + part - 1) * b.a.params.num_kv_heads + head;
 }
 
-// R of a part's queries alone.
+// R of the parts alone, but for the first ones. Grid: (sequence, part), kv head, columns of v.
 template <class Part>
 __global__ void __launch_bounds__(kWalkThreads, 2)
-    walk_queries_back(const __grid_constant__ FarBackward b) {
+    reverse_parts(const __grid_constant__ FarBackward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  Chunk c;
-  if (!find_part_chunk(b.f, c)) return;
-  ReverseWalk<Part> walk(b, raw);
-  find_part(walk, c, blockIdx.y, 0);
+  const int count = b.work.parts.count, part = static_cast<int>(blockIdx.x % (count - 1)) + 1;
+  const int64_t seq = blockIdx.x / (count - 1);
+  const FoldPart place(b.a, seq, part);
+  if (place.first >= place.end) return;
+  const int head = blockIdx.y;
+  ReverseWalk<Part, false> walk(b, raw, head);
   walk.read_state(nullptr, nullptr, nullptr, 0);
-  walk.template run_back<false>(0);
-  walk.write_state(b.part_kv, b.part_z, b.part_local,
-                   cell_of(b.f.attention, blockIdx.x, blockIdx.y));
+  walk.run(place.first, place.end);
+  const FoldParts& out = b.work.parts;
+  const int64_t cell = part_cell(b, seq, part, head);
+  walk.write_state(out.kv, out.z, out.scale, cell);
+  if (blockIdx.z == 0 && threadIdx.x == 0) out.decay[cell] = walk.decay;
 }
 
+// R behind all chunks. Grid: (sequence, part), kv head, columns of v.
 template <class Part>
 __global__ void __launch_bounds__(kWalkThreads, 2)
-    write_reverse_states(const __grid_constant__ FarBackward b) {
+    reverse_states(const __grid_constant__ FarBackward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
-  Chunk c;
-  if (!find_part_chunk(b.f, c)) return;
-  ReverseWalk<Part> walk(b, raw);
-  find_part(walk, c, blockIdx.y, 0);
-  const int64_t cell = cell_of(b.f.attention, blockIdx.x, blockIdx.y);
-  if (b.f.split) {
-    walk.read_state(b.part_kv, b.part_z, b.part_scale, cell);
-  } else {
-    walk.read_final(cell);
+  const FoldPart part(b.a, b.work.parts.count);
+  if (part.first >= part.end) return;
+  const int head = blockIdx.y;
+  const int64_t cell = part.seq * b.a.params.num_kv_heads + head;
+  ReverseWalk<Part, true> walk(b, raw, head);
+  walk.read_final(cell);
+  for (int later = part.last(b.a); later > part.index; --later) {
+    walk.add_part(b.work.parts, part_cell(b, part.seq, later, head));
   }
-  walk.template run_back<true>(b.first_chunk[c.seq] + c.query_pos / kTileRows);
-  if (!b.f.split) walk.write_initial(cell);
+  walk.run(part.first, part.end);
+  if (part.index == 0) walk.write_initial(cell);
 }
 
-// Grid: chunk, kv head.
+// Of far keys alone. Grid: chunk, kv head.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     grad_far_chunks(const __grid_constant__ FarBackward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
   Chunk c;
-  if (!find_chunk(b.f.attention, blockIdx.x, c)) return;
+  if (!find_chunk(b.a, blockIdx.x, c)) return;
   FarGrads<Shape>(b, c, raw).run();
 }
 
@@ -85,29 +80,125 @@ __global__ void __launch_bounds__(kWalkThreads)
     grad_unsafe_far_rows(const __grid_constant__ FarBackward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
   Chunk c;
-  if (!find_chunk(b.f.attention, blockIdx.x, c)) return;
+  if (!find_chunk(b.a, blockIdx.x, c)) return;
   UnsafeRows<Shape>(b, c, reinterpret_cast<float*>(raw)).run();
+}
+
+// Beside near keys. Grid: (chunk, tile of 64 queries), query head.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, 2)
+    grad_far_queries(const __grid_constant__ FarBackward b) {
+  using T = typename Shape::T;
+  DIJIANG_DYNAMIC_SHARED(raw);
+  const Attention& a = b.a;
+  const LinearAttentionParams& p = a.params;
+  QueryTile t;
+  if (!find_query_tile(a, t)) return;
+  FarSides<Shape, false> rows(b, t.index, blockIdx.x, t.head, raw);
+  const double* levels = a.has_decay ? levels_of(a, t.index, t.kv_head) : nullptr;
+  const int64_t first = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(0));
+  DIJIANG_UNROLL()
+  for (int half = 0; half < 2; ++half) {
+    const int row = rows.row(half);
+    if (row >= t.rows) continue;
+    rows.side.place[half] = first + row;
+    if (levels) rows.decay[half] = decay_between(levels, -1, t.position(row) - t.chunk.key_pos);
+    rows.shift[half] = -static_cast<const float*>(p.row_scale)[first + row];
+    rows.times[half] = b.work.inverse[first + row];
+    rows.delta[half] = b.work.delta[first + row];
+  }
+  const int mine = rows.row0 + rows.lane % 16 < t.rows ? rows.row0 + rows.lane % 16 : 0;
+  rows.load(
+      view_row<T>(rows.lane < 16 ? p.q : b.grad_out, t.chunk.batch, t.head, t.token(mine)).data,
+      t.rows);
+  rows.run();
+}
+
+// Grid: (chunk, tile of 64 of the keys that it folds), kv head.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, 2)
+    grad_far_keys(const __grid_constant__ FarBackward b) {
+  using T = typename Shape::T;
+  DIJIANG_DYNAMIC_SHARED(raw);
+  const Attention& a = b.a;
+  const LinearAttentionParams& p = a.params;
+  FoldedTile t;
+  if (!find_folded_tile(a, t)) return;
+  FarSides<Shape, true> rows(b, t.index, blockIdx.x, t.kv_head, raw);
+  const FoldedKeys folded(a, t.chunk, t.index, t.kv_head);
+  // Keys before the call have no gradients.
+  const auto has_gradient = [&](int row) {
+    return row < t.keys && t.key0 + row >= folded.first &&
+           folded.pos(t.key0 + row) >= t.chunk.start_pos;
+  };
+  DIJIANG_UNROLL()
+  for (int half = 0; half < 2; ++half) {
+    const int row = rows.row(half), s = t.key0 + row;
+    if (!has_gradient(row)) continue;
+    rows.side.place[half] =
+        row_index(p, p.num_kv_heads, t.chunk.batch, t.kv_head, token_of(t.chunk, folded.pos(s)));
+    rows.decay[half] = folded.decay(s);
+    rows.times[half] = 1.0f;
+  }
+  const int mine = rows.row0 + rows.lane % 16;
+  const auto* from = static_cast<const T*>(p.k.data);  // of a row that counts nothing: any
+  if (has_gradient(mine)) {
+    const int64_t token = token_of(t.chunk, folded.pos(t.key0 + mine));
+    from = view_row<T>(rows.lane < 16 ? p.k : p.v, t.chunk.batch, t.kv_head, token).data;
+  }
+  rows.load(from, t.keys);
+  rows.run();
+}
+
+// The near part of a key's gradients, and of its value's, where no far part follows. Grid: (chunk,
+// row tile), kv head.
+template <class T>
+__global__ void __launch_bounds__(kThreads) write_near_keys(const __grid_constant__ FarBackward b) {
+  const LinearAttentionParams& p = b.a.params;
+  QueryTile t;
+  if (!find_query_tile<true>(b.a, t)) return;
+  const int64_t row = row_index(p, p.num_kv_heads, t.chunk.batch, t.kv_head, t.token(0));
+  const auto write = [&](void* to, const float* near, int64_t width) {
+    for (int64_t e = threadIdx.x; e < t.rows * width; e += kThreads) {
+      static_cast<T*>(to)[row * width + e] = from_float<T>(near[row * width + e]);
+    }
+  };
+  write(b.grad_x[1], b.work.near[1], p.headdim);
+  write(b.grad_v, b.work.near_v, p.headdim_v);
 }
 
 // --- what applies --------------------------------------------------------------------------------
 
+bool has_near(const LinearAttentionParams& p) { return p.window > 0 || p.sinks > 0; }
+
 // Calls take(FarShape) for the sizes of p; false where there are no kernels for them.
-template <class Take>
-bool with_far_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype != DType::kBFloat16 || p.num_features != 64) return false;
-  if (p.headdim == 64 && p.headdim_v == 64) {
-    take(FarShape<64, 64>{});
-  } else if (p.headdim == 64 && p.headdim_v == 128) {
-    take(FarShape<64, 128>{});
-  } else if (p.headdim == 128 && p.headdim_v == 64) {
-    take(FarShape<128, 64>{});
-  } else if (p.headdim == 128 && p.headdim_v == 128) {
-    take(FarShape<128, 128>{});
+template <int kDim, int kFeatures, class Take>
+bool with_far_columns(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim_v == 64) {
+    take(FarShape<kDim, kFeatures, 64>{});
+  } else if (p.headdim_v == 128) {
+    take(FarShape<kDim, kFeatures, 128>{});
   } else {
     return false;
   }
   return true;
 }
+template <int kFeatures, class Take>
+bool with_far_dim(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim == 64) return with_far_columns<64, kFeatures>(p, take);
+  if (p.headdim == 128) return with_far_columns<128, kFeatures>(p, take);
+  return false;
+}
+template <class Take>
+bool with_far_shape(const LinearAttentionParams& p, const Take& take) {
+  if (p.dtype != DType::kBFloat16) return false;
+  if (p.num_features == 64) return with_far_dim<64>(p, take);
+  // A chunk with far keys of its own does not fit into registers.
+  if (p.num_features == 128 && has_near(p)) return with_far_dim<128>(p, take);
+  return false;
+}
+
+int larger(int x, int y) { return x > y ? x : y; }
 
 // The most shared memory that a block of any kernel takes.
 int most_shared(const LinearAttentionParams& p) {
@@ -115,9 +206,8 @@ int most_shared(const LinearAttentionParams& p) {
   int bytes = 0;
   with_far_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
-    const int chunk = FarShared<Shape>::kBytes;
-    const int walk = ReverseWalk<typename Shape::Part>::bytes(group);
-    bytes = chunk > walk ? chunk : walk;
+    bytes = ReverseWalk<typename Shape::Part, true>::bytes(group);
+    bytes = larger(bytes, has_near(p) ? SideShared<Shape>::kBytes : FarShared<Shape>::kBytes);
   });
   return bytes;
 }
@@ -125,34 +215,24 @@ int most_shared(const LinearAttentionParams& p) {
 // --- the workspace -------------------------------------------------------------------------------
 
 struct Plan {
-  Attention chunks;           // of 64 tokens
-  FarBackward walks;          // parts in the place of chunks
-  FarBackward call;           // chunks
+  FarBackward far;
+  Backward near;              // what kernels of the other backward read
   float* parameters[kSides];  // parts of their gradients
-  int splits[kSides], split_chunks[kSides];
+  int splits[kSides], split_tiles[kSides];
 };
 
-constexpr int64_t kParameterBlocks = 4 * 132;  // wanted
+constexpr int64_t kParameterBlocks = 512;  // wanted
 
 Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   Plan plan{};
   LinearAttentionParams p = params.forward;
-  p.final = AttentionState{};  // the scan must not write it
-  const int64_t columns = p.headdim_v / 64, m = p.num_features;
-  FarBackward& b = plan.walks;
-  b.f = plan_parts(p, p.num_kv_heads * columns, false, arena);
+  p.final = AttentionState{};  // the folds must not write it
+  FarBackward& b = plan.far;
+  b.a = plan_chunks(p, arena);
+  Attention& a = b.a;
+  plan_hard_keys(a, arena);
+  plan_folds(a, arena);
 
-  Attention& a = plan.chunks;
-  a = b.f.attention;
-  a.chunk_size = kTileRows;
-  a.max_chunks = p.batch * p.seqlen / kTileRows + 2 * a.params.num_seqs;
-  const int64_t cells = a.max_chunks * p.num_kv_heads;
-  a.work = Workspace{};
-  a.work.first_chunk = arena.take<int32_t>(a.params.num_seqs + 1);
-  a.work.chunks = arena.take<Chunk>(a.max_chunks);
-  a.work.levels = arena.take<double>(a.has_decay ? cells * kTileRows : 0);
-
-  b.first_chunk = a.work.first_chunk;
   b.grad_out = params.grad_out;
   b.grad_x[0] = params.grad_q;
   b.grad_x[1] = params.grad_k;
@@ -166,157 +246,189 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   b.grad_initial_z = static_cast<float*>(params.grad_initial_z);
 
   FarWork& w = b.work;
+  const int64_t m = p.num_features, tiles = a.max_chunks * a.row_tiles;
   const int64_t heads[kSides] = {p.num_heads, p.num_kv_heads};
-  const int64_t query_rows = p.batch * p.num_heads * p.seqlen;
+  int64_t map_bytes = 0;
+  with_far_shape(p, [&](auto shape) { map_bytes = decltype(shape)::Map::kBytes; });
   for (int side = 0; side < kSides; ++side) {
     const int64_t rows = p.batch * heads[side] * p.seqlen;
     const FeatureGrads& grad = b.grad_feature[side];
     const bool parameters = grad.omega || grad.log_weight;
-    w.omega[side] = arena.take<__nv_bfloat16>(heads[side] * 2 * m * p.headdim);
-    w.lines[side] = arena.take<FeatureLine>(heads[side] * m);
+    w.maps[side] = arena.take<char>(heads[side] * map_bytes);
     w.total[side] = arena.take<float>(rows);
     w.square[side] = arena.take<float>(grad.beta ? rows : 0);
     w.slopes[side] = arena.take<__nv_bfloat16>(parameters ? rows * m : 0);
-    w.weights[side] =
-        arena.take<float>(grad.log_weight ? a.max_chunks * heads[side] * kWalkWarps * m : 0);
-    int64_t splits = ceil_div(kParameterBlocks, heads[side]);
-    if (splits > a.max_chunks) splits = a.max_chunks;
-    plan.split_chunks[side] = static_cast<int>(ceil_div(a.max_chunks, splits));
-    plan.splits[side] = static_cast<int>(ceil_div(a.max_chunks, plan.split_chunks[side]));
+    w.weights[side] = arena.take<float>(grad.log_weight ? tiles * heads[side] * kWalkWarps * m : 0);
+    int64_t splits = ceil_div(kParameterBlocks, heads[side] * (m / 64));
+    if (splits > tiles) splits = tiles;
+    plan.split_tiles[side] = static_cast<int>(ceil_div(tiles, splits));
+    plan.splits[side] = static_cast<int>(ceil_div(tiles, plan.split_tiles[side]));
     plan.parameters[side] =
         arena.take<float>(parameters ? plan.splits[side] * heads[side] * m * (p.headdim + 1) : 0);
   }
-  w.delta = arena.take<float>(query_rows);
-  w.inverse = arena.take<float>(query_rows);
-  w.state = arena.take<__nv_bfloat16>(cells * m * p.headdim_v);
+  const int64_t rows = p.batch * p.num_heads * p.seqlen, cells = a.max_chunks * p.num_kv_heads;
+  const int64_t key_rows = p.batch * p.num_kv_heads * p.seqlen;
+  w.delta = arena.take<float>(rows);
+  w.inverse = arena.take<float>(rows);
   w.reverse = arena.take<__nv_bfloat16>(cells * m * p.headdim_v);
-  w.scale = arena.take<float>(cells * m);
-  w.z = arena.take<float>(cells * m);
-  w.top = arena.take<float>(cells * m);
   w.reverse_scale = arena.take<float>(cells * m);
   w.reverse_z = arena.take<float>(cells * m);
-  w.unsafe = arena.take<unsigned>(a.max_chunks * p.num_heads * kWalkWarps);
-  if (b.f.split) {
-    const int64_t parts = b.f.attention.max_chunks * p.num_kv_heads;
-    b.part_kv = arena.take<float>(parts * m * p.headdim_v);
-    b.part_z = arena.take<float>(parts * m);
-    b.part_local = arena.take<float>(parts * m);
-    b.part_scale = arena.take<float>(parts * m);
-  }
-  plan.call = b;
-  plan.call.f.attention = a;
-  return plan;
-}
+  w.parts = plan_parts(a, arena);
+  w.unsafe = arena.take<unsigned>(has_near(p) ? 0 : tiles * p.num_heads * kWalkWarps);
 
-// What the kernels of the other backward read.
-Backward as_backward(const LinearAttentionBackwardParams& params, const FarBackward& b) {
-  Backward out{};
-  out.params = params;
-  out.forward = b.f.attention;
-  out.forward.has_inner = false;  // prepare_rows leaves out what it needs features for
-  BackwardWork& w = out.work;
-  w.delta = b.work.delta;
-  w.inverse = b.work.inverse;
-  w.query_total = b.work.total[0];
-  w.key_total = b.work.total[1];
-  w.reverse_kv = b.part_kv;
-  w.reverse_z = b.part_z;
-  w.reverse_local = b.part_local;
-  w.reverse_scale = b.part_scale;
-  return out;
+  Backward& near = plan.near;
+  near.params = params;
+  near.forward = a;
+  near.forward.has_inner = false;  // prepare_rows leaves out what it needs features for
+  near.work.delta = w.delta;
+  near.work.inverse = w.inverse;
+  near.work.query_total = w.total[0];
+  near.work.key_total = w.total[1];
+  if (!has_near(p)) return plan;
+  near.work.near_q = arena.take<float>(rows * p.headdim);
+  near.work.near_k = arena.take<float>(key_rows * p.headdim);
+  near.work.grad_v = arena.take<float>(key_rows * p.headdim_v);
+  near.work.sinks = arena.take<float>(tiles * p.num_heads * p.sinks * (p.headdim + p.headdim_v));
+  w.near[0] = near.work.near_q;
+  w.near[1] = near.work.near_k;
+  w.near_v = near.work.grad_v;
+  return plan;
 }
 
 // --- launching -----------------------------------------------------------------------------------
 
-unsigned narrow_size(int64_t x) { return static_cast<unsigned>(x); }
+unsigned grid_size(int64_t x) { return static_cast<unsigned>(x); }
+
+template <class X>
+void zero(X* buffer, int64_t count, cudaStream_t stream) {
+  if (buffer && count > 0) cudaMemsetAsync(buffer, 0, count * sizeof(X), stream);
+}
+
+// What not all rows write: padding, and keys that are not folded.
+void clear_buffers(const Plan& plan, cudaStream_t stream) {
+  const FarBackward& b = plan.far;
+  const LinearAttentionParams& p = b.a.params;
+  const int64_t tokens = p.batch * p.seqlen, m = p.num_features;
+  zero(b.work.square[0], tokens * p.num_heads, stream);
+  zero(b.work.square[1], tokens * p.num_kv_heads, stream);
+  if (!has_near(p)) return;
+  const int64_t rows = tokens * p.num_kv_heads;
+  zero(b.work.total[1], rows, stream);
+  zero(b.work.slopes[1], rows * m, stream);
+  zero(b.work.weights[1], b.a.max_chunks * b.a.row_tiles * p.num_kv_heads * kWalkWarps * m, stream);
+  zero(plan.near.work.near_k, rows * p.headdim, stream);
+  zero(plan.near.work.grad_v, rows * p.headdim_v, stream);
+}
 
 template <class Part>
-void launch_walks(const LinearAttentionBackwardParams& params, const FarBackward& b,
-                  cudaStream_t stream) {
-  const LinearAttentionParams& p = b.f.attention.params;
-  const dim3 grid(parts_of(b.f), narrow_size(p.num_kv_heads), narrow_size(p.headdim_v / 64));
-  constexpr int shared = FusedShared<Part, false>::bytes(0);
-  const int back = ReverseWalk<Part>::bytes(b.f.attention.group);
-  if (b.f.split) {
-    launch_part_states<Part>(b.f, stream);
-    allow_shared(walk_queries_back<Part>, back);
-    DIJIANG_LAUNCH(walk_queries_back<Part>, grid, kWalkThreads, back, stream, b);
-    DIJIANG_LAUNCH(scan_reverse_states, scan_grid(p), kThreads, 0, stream, as_backward(params, b));
+void launch_reverse(const FarBackward& b, cudaStream_t stream) {
+  const LinearAttentionParams& p = b.a.params;
+  const int bytes = ReverseWalk<Part, true>::bytes(b.a.group);
+  const int64_t parts = b.work.parts.count;
+  const unsigned kv_heads = grid_size(p.num_kv_heads);
+  const unsigned columns = grid_size(p.headdim_v / kFoldColumns);
+  if (parts > 1) {
+    allow_shared(reverse_parts<Part>, bytes);
+    DIJIANG_LAUNCH(reverse_parts<Part>,
+                   dim3(grid_size(p.num_seqs * (parts - 1)), kv_heads, columns), kWalkThreads,
+                   bytes, stream, b);
   }
-  allow_shared(write_states<Part>, shared);
-  DIJIANG_LAUNCH(write_states<Part>, grid, kWalkThreads, shared, stream, b);
-  allow_shared(write_reverse_states<Part>, back);
-  DIJIANG_LAUNCH(write_reverse_states<Part>, grid, kWalkThreads, back, stream, b);
+  allow_shared(reverse_states<Part>, bytes);
+  DIJIANG_LAUNCH(reverse_states<Part>, dim3(grid_size(p.num_seqs * parts), kv_heads, columns),
+                 kWalkThreads, bytes, stream, b);
+}
+
+template <class Shape>
+void launch_chunk_grads(const FarBackward& b, cudaStream_t stream) {
+  const dim3 grid(grid_size(b.a.max_chunks), grid_size(b.a.params.num_kv_heads));
+  constexpr int bytes = FarShared<Shape>::kBytes;
+  constexpr int unsafe = UnsafeShared<Shape>::kFloats * static_cast<int>(sizeof(float));
+  allow_shared(grad_far_chunks<Shape>, bytes);
+  DIJIANG_LAUNCH(grad_far_chunks<Shape>, grid, kWalkThreads, bytes, stream, b);
+  allow_shared(grad_unsafe_far_rows<Shape>, unsafe);
+  DIJIANG_LAUNCH(grad_unsafe_far_rows<Shape>, grid, kWalkThreads, unsafe, stream, b);
+}
+
+template <class Shape>
+void launch_side_grads(const Plan& plan, cudaStream_t stream) {
+  using T = typename Shape::T;
+  const FarBackward& b = plan.far;
+  const LinearAttentionParams& p = b.a.params;
+  const unsigned tiles = grid_size(b.a.max_chunks * b.a.row_tiles);
+  const unsigned kv_heads = grid_size(p.num_kv_heads);
+  launch_fused_near_backward(plan.near, stream);
+  if (p.sinks > 0) {
+    DIJIANG_LAUNCH(sum_sink_gradients, dim3(grid_size(p.num_seqs * p.sinks), kv_heads), kThreads, 0,
+                   stream, plan.near);
+  }
+  DIJIANG_LAUNCH(write_near_keys<T>, dim3(tiles, kv_heads), kThreads, 0, stream, b);
+  constexpr int bytes = SideShared<Shape>::kBytes;
+  allow_shared(grad_far_queries<Shape>, bytes);
+  DIJIANG_LAUNCH(grad_far_queries<Shape>, dim3(tiles, grid_size(p.num_heads)), kWalkThreads, bytes,
+                 stream, b);
+  allow_shared(grad_far_keys<Shape>, bytes);
+  DIJIANG_LAUNCH(grad_far_keys<Shape>, dim3(tiles, kv_heads), kWalkThreads, bytes, stream, b);
 }
 
 template <class Shape>
 void launch_parameters(const Plan& plan, int number, const FeatureParams& feature,
                        cudaStream_t stream) {
-  const FarBackward& b = plan.call;
-  const LinearAttentionParams& p = b.f.attention.params;
-  const FeatureGrads& grad = b.grad_feature[number];
+  const FarBackward& b = plan.far;
+  const LinearAttentionParams& p = b.a.params;
   FeatureSide side{};
   side.feature = feature;
-  side.grad = grad;
+  side.grad = b.grad_feature[number];
   side.heads = number == 0 ? p.num_heads : p.num_kv_heads;
   side.square = b.work.square[number];
-  if (grad.omega || grad.log_weight) {
-    constexpr int shared = 2 * kTileRows * (Shape::kFeatures + Shape::kHeadDim) * 2;
-    allow_shared(sum_omega<Shape>, shared);
-    DIJIANG_LAUNCH(sum_omega<Shape>,
-                   dim3(narrow_size(plan.splits[number]), narrow_size(side.heads)), kWalkThreads,
-                   shared, stream, b, number, plan.split_chunks[number], plan.parameters[number]);
+  if (side.grad.omega || side.grad.log_weight) {
+    constexpr int bytes = 2 * kTileRows * (64 + Shape::kHeadDim) * 2;
+    allow_shared(sum_omega<Shape>, bytes);
+    const dim3 grid(grid_size(plan.splits[number]), grid_size(side.heads), Shape::kFeatures / 64);
+    DIJIANG_LAUNCH(sum_omega<Shape>, grid, kWalkThreads, bytes, stream, b, number,
+                   plan.split_tiles[number], plan.parameters[number]);
     const int64_t count = side.heads * p.num_features * (p.headdim + 1);
-    DIJIANG_LAUNCH(sum_parameters, dim3(narrow_size(ceil_div(count, kThreads))), kThreads, 0,
-                   stream, p, side, plan.splits[number], plan.parameters[number]);
+    DIJIANG_LAUNCH(sum_parameters, dim3(grid_size(ceil_div(count, kThreads))), kThreads, 0, stream,
+                   p, side, plan.splits[number], plan.parameters[number]);
   }
-  if (!grad.beta) return;
+  if (!side.grad.beta) return;
   if (feature.beta && p.kind == FeatureKind::kExp) {
-    DIJIANG_LAUNCH(grad_betas, dim3(narrow_size(side.heads)), kThreads, kThreads * sizeof(double),
+    DIJIANG_LAUNCH(grad_betas, dim3(grid_size(side.heads)), kThreads, kThreads * sizeof(double),
                    stream, p, side);
   } else {
-    cudaMemsetAsync(grad.beta, 0, side.heads * sizeof(float), stream);
+    zero(static_cast<float*>(side.grad.beta), side.heads, stream);
   }
 }
 
 template <class Shape>
-void launch_far_backward(const LinearAttentionBackwardParams& params, const Plan& plan,
-                         cudaStream_t stream) {
-  const FarBackward& b = plan.call;
-  const Attention& a = b.f.attention;
+void launch_far_backward(const Plan& plan, cudaStream_t stream) {
+  using Map = typename Shape::Map;
+  const FarBackward& b = plan.far;
+  const Attention& a = b.a;
   const LinearAttentionParams& p = a.params;
-  const unsigned chunks = narrow_size(a.max_chunks), kv_heads = narrow_size(p.num_kv_heads);
-  const Backward other = as_backward(params, b);
-  for (int side = 0; side < kSides; ++side) {  // padding
-    const int64_t rows = p.batch * (side == 0 ? p.num_heads : p.num_kv_heads) * p.seqlen;
-    if (b.work.square[side]) {
-      cudaMemsetAsync(b.work.square[side], 0, rows * sizeof(float), stream);
-    }
+  const unsigned heads = grid_size(p.num_heads), kv_heads = grid_size(p.num_kv_heads);
+  clear_buffers(plan, stream);
+  launch_chunks<typename Shape::T>(a, stream);
+  DIJIANG_LAUNCH(split_maps<Map>, heads, kWalkThreads, 0, stream, p, p.fq, b.work.maps[0]);
+  DIJIANG_LAUNCH(split_maps<Map>, kv_heads, kWalkThreads, 0, stream, p, p.fk, b.work.maps[1]);
+  DIJIANG_LAUNCH((prepare_rows<typename Shape::T, false>),
+                 dim3(grid_size(a.max_chunks * a.row_tiles), heads), kThreads, 0, stream,
+                 plan.near);
+  launch_folds(a, stream);
+  launch_reverse<typename Shape::Part>(b, stream);
+  if (has_near(p)) {
+    launch_side_grads<Shape>(plan, stream);
+  } else if constexpr (Shape::kFeatures == 64) {
+    launch_chunk_grads<Shape>(b, stream);
   }
-  DIJIANG_LAUNCH(build_chunks, 1, kThreads, kThreads * sizeof(int), stream, a);
-  if (a.has_decay) DIJIANG_LAUNCH(sum_levels, dim3(chunks, kv_heads), 32, 0, stream, a);
-  DIJIANG_LAUNCH(split_omega<Shape>, dim3(narrow_size(p.num_heads), kSides), kWalkThreads, 0,
-                 stream, b);
-  DIJIANG_LAUNCH((prepare_rows<__nv_bfloat16, false>), dim3(chunks, narrow_size(p.num_heads)),
-                 kThreads, 0, stream, other);
-  launch_walks<typename Shape::Part>(params, plan.walks, stream);
-  allow_shared(grad_far_chunks<Shape>, FarShared<Shape>::kBytes);
-  DIJIANG_LAUNCH(grad_far_chunks<Shape>, dim3(chunks, kv_heads), kWalkThreads,
-                 FarShared<Shape>::kBytes, stream, b);
-  constexpr int unsafe = UnsafeShared<Shape>::kFloats * static_cast<int>(sizeof(float));
-  allow_shared(grad_unsafe_far_rows<Shape>, unsafe);
-  DIJIANG_LAUNCH(grad_unsafe_far_rows<Shape>, dim3(chunks, kv_heads), kWalkThreads, unsafe, stream,
-                 b);
   launch_parameters<Shape>(plan, 0, p.fq, stream);
   launch_parameters<Shape>(plan, 1, p.fk, stream);
-  if (params.grad_log_decay) {
-    if (a.has_decay) {
-      DIJIANG_LAUNCH(grad_decays, dim3(narrow_size(p.num_seqs), kv_heads), kThreads,
-                     kThreads * sizeof(double), stream, other);
-    } else {
-      cudaMemsetAsync(params.grad_log_decay, 0, p.batch * p.num_kv_heads * p.seqlen * sizeof(float),
-                      stream);
-    }
+  if (!plan.near.params.grad_log_decay) return;
+  if (a.has_decay) {
+    DIJIANG_LAUNCH(grad_decays, dim3(grid_size(p.num_seqs), kv_heads), kThreads,
+                   kThreads * sizeof(double), stream, plan.near);
+  } else {
+    zero(static_cast<float*>(plan.near.params.grad_log_decay), p.batch * p.num_kv_heads * p.seqlen,
+         stream);
   }
 }
 
@@ -324,7 +436,12 @@ void launch_far_backward(const LinearAttentionBackwardParams& params, const Plan
 
 bool fused_far_backward_applies(const LinearAttentionBackwardParams& params) {
   LinearAttentionParams p = params.forward;
-  if (p.num_heads == 0 || p.headdim_v == 0 || !fused_forward_applies(p)) return false;
+  p.final = AttentionState{};
+  if (p.num_heads == 0 || p.headdim_v == 0) return false;
+  if (!(has_near(p) ? fused_mixed_applies(p) && fused_near_backward_applies(params)
+                    : fused_forward_applies(p) && folds_apply(p))) {
+    return false;
+  }
   if (!has_whole_pieces(params.grad_out) || !with_far_shape(p, [](auto) {})) return false;
   for (const void* grad : {params.grad_q, params.grad_k, params.grad_v}) {
     if (!begins_at_pieces(grad)) return false;
@@ -341,9 +458,9 @@ size_t fused_far_backward_workspace(const LinearAttentionBackwardParams& params)
 cudaError_t fused_far_backward(const LinearAttentionBackwardParams& params, cudaStream_t stream) {
   Arena arena(params.workspace);
   const Plan plan = plan_far(params, arena);
-  if (plan.chunks.params.num_seqs == 0) return cudaSuccess;
+  if (plan.far.a.params.num_seqs == 0) return cudaSuccess;
   with_far_shape(params.forward,
-                 [&](auto shape) { launch_far_backward<decltype(shape)>(params, plan, stream); });
+                 [&](auto shape) { launch_far_backward<decltype(shape)>(plan, stream); });
   return launch_status();
 }
 

@@ -1,6 +1,6 @@
-// The fused backward of far keys alone, for bfloat16: features and their gradients nowhere in
-// memory, but for 16-bit ones where omega's gradient is wanted. linear_attention_backward takes it
-// where it applies. Host functions alone.
+// The fused backward of far keys, alone or beside near ones, for bfloat16: features and their
+// gradients nowhere in memory, but for 16-bit ones where omega's gradient is wanted.
+// linear_attention_backward takes it where it applies. Host functions alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace dijiang::cuda {
 
-// What the fused forward takes, of sizes that these kernels are built for.
+// What a fused forward takes, of sizes that these kernels are built for.
 bool fused_far_backward_applies(const LinearAttentionBackwardParams& params);
 
 size_t fused_far_backward_workspace(const LinearAttentionBackwardParams& params);

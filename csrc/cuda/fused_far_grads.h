@@ -10,10 +10,7 @@
 // left operand of what follows.
 #pragma once
 
-#include "cuda/attention_rows.h"
-#include "cuda/fused_far_layout.h"
-#include "cuda/fused_seen.h"
-#include "cuda/fused_walk.h"
+#include "cuda/fused_far_rows.h"
 
 namespace dijiang::cuda {
 
@@ -26,13 +23,11 @@ struct FarRow {
 template <class Shape>
 struct FarShared {
   static constexpr int kTile = kTileRows * 2;  // bytes a column
-  static constexpr int kMatrix = Shape::kMatrix * 2;
-  static constexpr int kLines = Shape::kFeatures * static_cast<int>(sizeof(FeatureLine));
   static constexpr int kFloats = Shape::kFeatures * static_cast<int>(sizeof(float));
 
-  static constexpr int key_omega = 0;
-  static constexpr int query_omega = key_omega + kMatrix;
-  static constexpr int keys = query_omega + kMatrix;
+  static constexpr int key_map = 0;
+  static constexpr int query_map = key_map + Shape::Map::kBytes;
+  static constexpr int keys = query_map + Shape::Map::kBytes;
   static constexpr int values = keys + Shape::kHeadDim * kTile;
   static constexpr int queries = values + Shape::kValueDim * kTile;
   static constexpr int grads = queries + Shape::kHeadDim * kTile;
@@ -40,11 +35,10 @@ struct FarShared {
   static constexpr int reverse = state + Shape::kState * 2;
   static constexpr int key_features = reverse + Shape::kState * 2;
   static constexpr int query_features = key_features + Shape::kFeatures * kTile;
-  static constexpr int key_lines = query_features + Shape::kFeatures * kTile;
-  static constexpr int query_lines = key_lines + kLines;
-  static constexpr int levels = query_lines + kLines;  // up to a token, of the chunk's
+  static constexpr int levels = query_features + Shape::kFeatures * kTile;  // up to a token
   static constexpr int numbers = levels + kTileRows * static_cast<int>(sizeof(double));
-  static constexpr int top = numbers + kTileRows * static_cast<int>(sizeof(FarRow));
+  static constexpr int maxima = numbers + kTileRows * static_cast<int>(sizeof(FarRow));  // of warps
+  static constexpr int top = maxima + kWalkWarps * kFloats;                              // M'
   // 2^(M - M'), z 2^(M - M'), 2^(N + M'), rho 2^(N + M')
   static constexpr int factor = top + kFloats;
   static constexpr int z = factor + kFloats;
@@ -53,74 +47,59 @@ struct FarShared {
   static constexpr int kBytes = rho + kFloats;
 };
 
-// The chunk's first row in buffers over (batch, heads, seqlen).
-__device__ inline int64_t row_place(const LinearAttentionParams& p, int64_t heads, const Chunk& c,
-                                    int64_t head) {
-  return row_index(p, heads, c.batch, head, c.query_token);
-}
-
-// Sums over a warp's rows of x[t][e] and x[t][2 + e], of columns 8 t + 2 (lane % 4) + e: afterwards
-// every lane has those of tile lane / 4 + 8 i at sums[i].
-template <int kTiles>
-__device__ __forceinline__ void sum_over_rows(const float (&x)[kTiles][4],
-                                              float (&sums)[kTiles / 8][2]) {
-  const int g = threadIdx.x % 32 / 4;
-  DIJIANG_UNROLL()
-  for (int t = 0; t < kTiles; ++t) {
-    DIJIANG_UNROLL()
-    for (int e = 0; e < 2; ++e) {
-      float sum = x[t][e] + x[t][2 + e];
-      DIJIANG_UNROLL()
-      for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-      if (t % 8 == g) sums[t / 8][e] = sum;
-    }
-  }
-}
-
 template <class Shape>
-struct FarGrads {
-  using T = typename Shape::T;
+struct FarGrads : FarRows<Shape> {
+  using Base = FarRows<Shape>;
+  using Base::a;
+  using Base::b;
+  using Base::kD;
+  using Base::kM;
+  using Base::kV;
+  using Base::lane;
+  using Base::params;
+  using Base::row;
+  using Base::row0;
+  using Base::shared;
+  using Base::warp;
+  using Base::work;
+  using typename Base::Map;
+  using typename Base::T;
   using Shared = FarShared<Shape>;
-  static constexpr int kD = Shape::kHeadDim, kV = Shape::kValueDim, kM = Shape::kFeatures;
 
-  const FarBackward& b;
-  const Attention& a;
-  const FarWork& work;
-  char* shared;
-  Walk<typename Shape::Part, false> walk;  // for its exponents
   Chunk c;
   int64_t index, cell;
-  int kv_head, count, lane, warp, row0;
+  int kv_head, count;
   float da[kM / 8][4], dv[kV / 8][4];
 
   __device__ __forceinline__ FarGrads(const FarBackward& backward, const Chunk& chunk, char* raw)
-      : b(backward),
-        a(backward.f.attention),
-        work(backward.work),
-        shared(raw),
-        walk(backward.f, raw),
+      : Base(backward, raw),
         c(chunk),
         index(blockIdx.x),
         kv_head(blockIdx.y),
-        count(chunk.query_count),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        row0(threadIdx.x / 32 * 16) {
+        count(chunk.query_count) {
     cell = cell_of(a, index, kv_head);
-    walk.batch = c.batch;
-    walk.token = c.query_token;
-    walk.count = count;
     clear(da);
     clear(dv);
   }
 
-  __device__ __forceinline__ const LinearAttentionParams& params() const { return a.params; }
   template <class U>
   __device__ __forceinline__ U* at(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
   }
-  // Of the lane's two rows.
-  __device__ __forceinline__ int row(int half) const { return row0 + lane / 4 + 8 * half; }
+  __device__ __forceinline__ Map map_at(int offset) const {
+    return {params(), shared + offset, shared + offset + Map::kMatrix};
+  }
+  __device__ __forceinline__ FarSide side(int number, int64_t head) const {
+    const LinearAttentionParams& p = params();
+    const int64_t heads = number == 0 ? p.num_heads : p.num_kv_heads;
+    FarSide s{number, head, heads, number == 0 ? p.fq : p.fk, {-1, -1}, index};
+    const int64_t first = row_index(p, heads, c.batch, head, c.query_token);
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      if (row(half) < count) s.place[half] = first + row(half);
+    }
+    return s;
+  }
   // 2^(the decay of (from, to]); from = -1: from the chunk's beginning on.
   __device__ __forceinline__ float decay(int from, int to) const {
     if (!a.has_decay) return 1.0f;
@@ -130,59 +109,49 @@ struct FarGrads {
 
   // --- tiles -------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void copy(int to, const void* from, int bytes) {
-    for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kWalkThreads) {
-      copy_async(shared + to + i, static_cast<const char*>(from) + i, true);
-    }
+  // The warp's own rows of the chunk; zeros behind its end.
+  template <int kWidth>
+  __device__ __forceinline__ void load_rows(int tile, const ConstView& view, int64_t head) {
+    const int mine = row0 + lane % 16 < count ? row0 + lane % 16 : 0;
+    copy_warp_rows<kWidth>(at<T>(tile), view_row<T>(view, c.batch, head, c.query_token + mine).data,
+                           0, row0, count);
   }
-  __device__ __forceinline__ void load_side(int side, int head, int matrix, int lines) {
-    copy(matrix, work.omega[side] + int64_t{head} * Shape::kMatrix, Shared::kMatrix);
-    copy(lines, work.lines[side] + int64_t{head} * kM, Shared::kLines);
+  __device__ __forceinline__ void load_map(int to, int number, int64_t head) {
+    copy_block(shared + to, work.maps[number] + head * Map::kBytes, Map::kBytes);
   }
-  __device__ __forceinline__ void load_head(int head) {
+  __device__ __forceinline__ void load_head(int64_t head) {
     const LinearAttentionParams& p = params();
-    walk.template load_rows<kD>(at<T>(Shared::queries), p.q, head, 0);
-    walk.template load_rows<kV>(at<T>(Shared::grads), b.grad_out, head, 0);
-    load_side(0, head, Shared::query_omega, Shared::query_lines);
-    if (threadIdx.x >= kTileRows) return;
-    const int64_t first = row_place(p, p.num_heads, c, head);
+    load_rows<kD>(Shared::queries, p.q, head);
+    load_rows<kV>(Shared::grads, b.grad_out, head);
+    load_map(Shared::query_map, 0, head);
     const int mine = threadIdx.x;
-    at<FarRow>(Shared::numbers)[mine] =
-        mine < count ? FarRow{static_cast<const float*>(p.row_scale)[first + mine],
-                              work.inverse[first + mine], work.delta[first + mine]}
-                     : FarRow{0.0f, 0.0f, 0.0f};
+    if (mine >= kTileRows) return;
+    const int64_t place = row_index(p, p.num_heads, c.batch, head, c.query_token) + mine;
+    at<FarRow>(Shared::numbers)[mine] = mine < count
+                                            ? FarRow{static_cast<const float*>(p.row_scale)[place],
+                                                     work.inverse[place], work.delta[place]}
+                                            : FarRow{0.0f, 0.0f, 0.0f};
   }
   __device__ __forceinline__ void load_chunk() {
     const LinearAttentionParams& p = params();
-    walk.template load_rows<kD>(at<T>(Shared::keys), p.k, kv_head, 0);
-    walk.template load_rows<kV>(at<T>(Shared::values), p.v, kv_head, 0);
-    load_side(1, kv_head, Shared::key_omega, Shared::key_lines);
-    copy(Shared::state, work.state + cell * Shape::kState, Shape::kState * 2);
-    copy(Shared::reverse, work.reverse + cell * Shape::kState, Shape::kState * 2);
-    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const int64_t place = cell * kM + i;
-      const float top = work.top[place];
-      const float factor = scale2(1.0f, work.scale[place] - top);
-      const float reverse_factor = scale2(1.0f, work.reverse_scale[place] + top);
-      at<float>(Shared::top)[i] = top;
-      at<float>(Shared::factor)[i] = factor;
-      at<float>(Shared::z)[i] = work.z[place] * factor;
-      at<float>(Shared::reverse_factor)[i] = reverse_factor;
-      at<float>(Shared::rho)[i] = work.reverse_z[place] * reverse_factor;
-    }
-    if (a.has_decay) {
-      const double* levels = levels_of(a, index, kv_head);
-      for (int i = threadIdx.x; i < kTileRows; i += kWalkThreads) {
-        at<double>(Shared::levels)[i] = levels[i < count ? i : count - 1];
-      }
+    load_rows<kD>(Shared::keys, p.k, kv_head);
+    load_rows<kV>(Shared::values, p.v, kv_head);
+    load_map(Shared::key_map, 1, kv_head);
+    constexpr int kBytes = Shape::kState * 2;
+    copy_block(shared + Shared::state, static_cast<const T*>(a.work.states) + cell * Shape::kState,
+               kBytes);
+    copy_block(shared + Shared::reverse, work.reverse + cell * Shape::kState, kBytes);
+    if (!a.has_decay) return;
+    const double* levels = levels_of(a, index, kv_head);
+    for (int i = threadIdx.x; i < kTileRows; i += kWalkThreads) {
+      at<double>(Shared::levels)[i] = levels[i < count ? i : count - 1];
     }
   }
 
   // --- features ----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void key_exponents(float (&u)[kM / 8][4]) {
-    walk.exponents(at<T>(Shared::keys), shared + Shared::key_omega, shared + Shared::key_lines,
-                   params().fk.beta, kv_head, u);
+  __device__ __forceinline__ void key_exponents(float (&u)[kM / 8][4]) const {
+    this->exponents(at<T>(Shared::keys), map_at(Shared::key_map), params().fk, kv_head, u);
   }
   __device__ __forceinline__ void store_feature(int tile, int half, int column, unsigned x) const {
     *reinterpret_cast<unsigned*>(at<T>(tile) + tile_offset<kM>(row(half), column)) = x;
@@ -191,19 +160,40 @@ struct FarGrads {
     return *reinterpret_cast<const unsigned*>(at<T>(tile) + tile_offset<kM>(row(half), column));
   }
 
+  // M', what refers states to it, and the keys' features.
   __device__ __forceinline__ void make_key_features() {
     float u[kM / 8][4];
     key_exponents(u);
+    const bool kept[2] = {row(0) < count, row(1) < count};
+    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u, kept);
+    __syncthreads();
+    // Every warp for itself: they all write the same numbers.
+    for (int i = lane; i < kM; i += 32) {
+      const int64_t place = cell * kM + i;
+      float most = kEmpty;
+      for (int w = 0; w < kWalkWarps; ++w) {
+        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
+      }
+      const float top = fmaxf(a.work.scale[place], ceilf(most));
+      const float factor = scale2(1.0f, a.work.scale[place] - top);
+      const float reverse_factor = scale2(1.0f, work.reverse_scale[place] + top);
+      at<float>(Shared::top)[i] = top;
+      at<float>(Shared::factor)[i] = factor;
+      at<float>(Shared::z)[i] = a.work.z[place] * factor;
+      at<float>(Shared::reverse_factor)[i] = reverse_factor;
+      at<float>(Shared::rho)[i] = work.reverse_z[place] * reverse_factor;
+    }
+    __syncwarp();
     const float* top = at<float>(Shared::top);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        const bool kept = row(half) < count;
-        store_feature(Shared::key_features, half, column,
-                      pack<T>(kept ? exp2_below(u[t][2 * half], -top[column]) : 0.0f,
-                              kept ? exp2_below(u[t][2 * half + 1], -top[column + 1]) : 0.0f));
+        store_feature(
+            Shared::key_features, half, column,
+            pack<T>(kept[half] ? exp2_below(u[t][2 * half], -top[column]) : 0.0f,
+                    kept[half] ? exp2_below(u[t][2 * half + 1], -top[column + 1]) : 0.0f));
       }
     }
   }
@@ -393,13 +383,13 @@ struct FarGrads {
       DIJIANG_UNROLL()
       for (int e = 0; e < 8; ++e) dv[n / 8 + e / 4][e % 4] += x[e / 4][e % 4] * left[e % 4 / 2];
     }
-    const LinearAttentionParams& p = params();
-    auto* to = static_cast<T*>(b.grad_v) + row_place(p, p.num_kv_heads, c, kv_head) * kV;
+    const FarSide keys = side(1, kv_head);
     DIJIANG_UNROLL()
     for (int n = 0; n < kV / 8; n += 4) {
-      write_pieces<kV>(to, n, [&](int half, int i) {
-        return pack<T>(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
-      });
+      this->template write_columns<kV>(
+          keys, static_cast<T*>(b.grad_v), 8 * n, [&](int half, int i) {
+            return make_float2(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
+          });
     }
   }
 
@@ -448,145 +438,9 @@ struct FarGrads {
 
   // --- inputs ------------------------------------------------------------------------------------
 
-  // 32 columns of the warp's rows, 8 (n + i) on for i < 4: pair(half, i) of the lane.
-  template <int kWidth, class Pairs>
-  __device__ __forceinline__ void write_pieces(T* to, int n, const Pairs& pair) const {
-    DIJIANG_UNROLL()
-    for (int half = 0; half < 2; ++half) {
-      unsigned packed[4];
-      DIJIANG_UNROLL()
-      for (int i = 0; i < 4; ++i) packed[i] = pair(half, i);
-      transpose_quad(packed);
-      if (row(half) >= count) continue;
-      *reinterpret_cast<uint4*>(to + row(half) * kWidth + 8 * (n + lane % 4)) =
-          make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    }
-  }
-
-  // A side's heads, parameters and what is in shared memory.
-  struct Side {
-    int number;  // 0: queries
-    int64_t heads, head;
-    const FeatureParams& feature;
-    int tile, matrix, lines;
-  };
-
-  // From the gradient g of the exponents u (not read for kExp) to all that the side is given.
-  __device__ __forceinline__ void finish_side(const Side& side, float (&g)[kM / 8][4],
-                                              const float (&u)[kM / 8][4]) const {
-    const LinearAttentionParams& p = params();
-    const int64_t first = row_place(p, side.heads, c, side.head);
-    const auto* line = at<FeatureLine>(side.lines);
-    if (work.weights[side.number]) {
-      float sums[kM / 64][2];
-      sum_over_rows(g, sums);
-      float* to =
-          work.weights[side.number] + ((index * side.heads + side.head) * kWalkWarps + warp) * kM;
-      to[lane / 4 * 8 + 2 * (lane % 4)] = sums[0][0];
-      to[lane / 4 * 8 + 2 * (lane % 4) + 1] = sums[0][1];
-    }
-    float total[2];
-    DIJIANG_UNROLL()
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f;
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; ++t) sum += g[t][2 * half] + g[t][2 * half + 1];
-      total[half] = quad_sum(sum);
-      if (row(half) < count && lane % 4 == 0)
-        work.total[side.number][first + row(half)] = total[half];
-    }
-    slope_inputs(p.kind, line, g, u, total);
-    if (work.slopes[side.number]) {
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; t += 4) {
-        write_pieces<kM>(work.slopes[side.number] + first * kM, t, [&](int half, int i) {
-          return pack<T>(g[t + i][2 * half], g[t + i][2 * half + 1]);
-        });
-      }
-    }
-
-    // dx = omega^T du: a row of omega's upper part times its gain ln 2 is sqrt(scale) omega.
-    unsigned du[kM / 16][4];
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
-      const float gain[2] = {line[column].gain * kLn2, line[column + 1].gain * kLn2};
-      DIJIANG_UNROLL()
-      for (int half = 0; half < 2; ++half) {
-        du[t / 2][t % 2 * 2 + half] =
-            pack<T>(g[t][2 * half] * gain[0], g[t][2 * half + 1] * gain[1]);
-      }
-    }
-    const bool has_beta = side.feature.beta && p.kind == FeatureKind::kExp;
-    const float twice = has_beta ? 2.0f * static_cast<const float*>(side.feature.beta)[side.head] *
-                                       static_cast<float>(p.scale)
-                                 : 0.0f;
-    float square[2] = {0.0f, 0.0f};
-    DIJIANG_UNROLL(1)
-    for (int n = 0; n < kD; n += 32) {
-      float x[4][4];
-      clear(x);
-      DIJIANG_UNROLL()
-      for (int i = 0; i < kM; i += 16) {
-        DIJIANG_UNROLL()
-        for (int j = 0; j < 4; j += 2) {
-          unsigned omega[4];
-          load_right_transposed<kD>(omega, at<T>(side.matrix), n + 8 * j, i);
-          multiply_add_16<T>(x[j], x[j + 1], du[i / 16], omega);
-        }
-      }
-      if (has_beta) {
-        DIJIANG_UNROLL()
-        for (int half = 0; half < 2; ++half) {
-          DIJIANG_UNROLL()
-          for (int j = 0; j < 4; ++j) {
-            const Pair<T> y = unpack<T>(*reinterpret_cast<const unsigned*>(
-                at<T>(side.tile) + tile_offset<kD>(row(half), n + 8 * j + 2 * (lane % 4))));
-            square[half] = fmaf(y.first, y.first, fmaf(y.second, y.second, square[half]));
-            x[j][2 * half] -= twice * total[half] * y.first;
-            x[j][2 * half + 1] -= twice * total[half] * y.second;
-          }
-        }
-      }
-      write_pieces<kD>(
-          static_cast<T*>(b.grad_x[side.number]) + first * kD, n / 8,
-          [&](int half, int j) { return pack<T>(x[j][2 * half], x[j][2 * half + 1]); });
-    }
-    if (!has_beta || !b.grad_feature[side.number].beta) return;
-    DIJIANG_UNROLL()
-    for (int half = 0; half < 2; ++half) {
-      const float size = quad_sum(square[half]) * static_cast<float>(p.scale);
-      if (row(half) < count && lane % 4 == 0) {
-        work.square[side.number][first + row(half)] = size * total[half];
-      }
-    }
-  }
-
-  // From gradients of exponents to those of omega x (linear_slope).
-  __device__ __forceinline__ void slope_inputs(FeatureKind kind, const FeatureLine* line,
-                                               float (&g)[kM / 8][4], const float (&u)[kM / 8][4],
-                                               const float (&total)[2]) const {
-    if (kind == FeatureKind::kExp) return;
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        const float log_phi = u[t][e] - line[8 * t + 2 * (lane % 4) + e % 2].weight;
-        if (row(e / 2) >= count) {
-          g[t][e] = 0.0f;
-        } else if (kind == FeatureKind::kSoftmax) {
-          g[t][e] -= fast_exp2(log_phi) * total[e / 2];
-        } else {
-          g[t][e] *= fast_exp2(-fmaxf(log_phi, 0.0f));
-        }
-      }
-    }
-  }
-
   // --- the chunk ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
-    const LinearAttentionParams& p = params();
     const int group = a.group;
     load_chunk();
     load_head(kv_head * group);
@@ -601,16 +455,15 @@ struct FarGrads {
         __syncthreads();
       }
       {
+        const Map map = map_at(Shared::query_map);
+        const T* tile = at<T>(Shared::queries);
         float u[kM / 8][4], db[kM / 8][4];
-        walk.exponents(at<T>(Shared::queries), shared + Shared::query_omega,
-                       shared + Shared::query_lines, p.fq.beta, head, u);
+        this->exponents(tile, map, params().fq, head, u);
         make_query_features(u, head);
         __syncthreads();
         sum_queries(db);
         times_features(db, Shared::query_features);
-        finish_side(
-            {0, p.num_heads, head, p.fq, Shared::queries, Shared::query_omega, Shared::query_lines},
-            db, u);
+        this->finish_side(side(0, head), tile, map, db, u);
       }
       add_queries();
       if (h + 1 == group) break;
@@ -620,10 +473,8 @@ struct FarGrads {
     finish_values();
     finish_keys();
     float u[kM / 8][4];
-    if (p.kind != FeatureKind::kExp) key_exponents(u);
-    finish_side(
-        {1, p.num_kv_heads, kv_head, p.fk, Shared::keys, Shared::key_omega, Shared::key_lines}, da,
-        u);
+    if (params().kind != FeatureKind::kExp) key_exponents(u);
+    this->finish_side(side(1, kv_head), at<T>(Shared::keys), map_at(Shared::key_map), da, u);
   }
 };
 

@@ -6,12 +6,12 @@
 namespace dijiang::cuda {
 
 // bfloat16, whose exponents reach as far as those of float. kValueDim: all columns of v.
-template <int kHeadDim_, int kValueDim_>
+template <int kHeadDim_, int kFeatures_, int kValueDim_>
 struct FarShape {
   using T = __nv_bfloat16;
-  static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_, kFeatures = 64;
-  using Part = FusedShape<T, kHeadDim, kFeatures>;          // of the walks, 64 columns of v
-  static constexpr int kMatrix = 2 * kFeatures * kHeadDim;  // elements of omega's two parts
+  static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kValueDim = kValueDim_;
+  using Map = FeatureMap<T, kHeadDim, kFeatures>;
+  using Part = FusedShape<T, kHeadDim, kFeatures>;  // of the walks, 64 columns of v
   static constexpr int kState = kValueDim * kFeatures;
 };
 
@@ -19,32 +19,29 @@ struct FarShape {
 constexpr int kSides = 2;
 
 struct FarWork {
-  // Of each head: omega in two parts, as tiles (fused_tiles.h), and the lines of its features.
-  __nv_bfloat16* omega[kSides];
-  FeatureLine* lines[kSides];
+  char* maps[kSides];  // (heads): omega as tiles in shared memory have it
   // Over (batch, heads, seqlen).
   float* delta;                   // do . o
   float* inverse;                 // 1 / row_sum; 0 for a row without weight
   float* total[kSides];           // sum over features of the exponents' gradients
-  float* square[kSides];          // |x|^2 scale times that: what beta gets
+  float* square[kSides];          // |x|^2 scale times that: what beta gets; null: not wanted
   __nv_bfloat16* slopes[kSides];  // (.., features): gradient of omega x; null: not wanted
-  // Over (chunk, kv heads): the state before a chunk and that of the queries behind it (R),
-  // transposed, as tiles; their scales M and N, z and rho; M' of the chunk.
-  __nv_bfloat16* state;
+  // What near keys give to the gradients of q, k and v; null: no near keys.
+  const float* near[kSides];
+  const float* near_v;
+  // Over (chunk, kv heads): the state R of the queries behind a chunk, as Workspace::states has
+  // that of the keys before it, its scale N, and rho.
   __nv_bfloat16* reverse;
-  float* scale;
-  float* z;
-  float* top;
   float* reverse_scale;
   float* reverse_z;
-  // Over (chunk, heads, warps).
+  FoldParts parts;  // of its walk: of each sequence all but the first
+  // Over (chunk, tile of 64 rows, heads, warps).
   float* weights[kSides];  // (.., features): of log_weight, a warp's rows; null: not wanted
-  unsigned* unsafe;        // ballots of rows, as Walk::failed_rows reads them
+  unsigned* unsafe;        // ballots of rows, as failed_rows reads them
 };
 
 struct FarBackward {
-  FusedAttention f;            // the walks' chunks are parts, those of the other kernels 64 tokens
-  const int32_t* first_chunk;  // of chunks of 64 tokens
+  Attention a;  // with the states before chunks (fused_states.h)
   FarWork work;
   ConstView grad_out;
   void* grad_x[kSides];
@@ -52,8 +49,6 @@ struct FarBackward {
   FeatureGrads grad_feature[kSides];
   const float *grad_final_kv, *grad_final_z, *final_log_scale;
   float *grad_initial_kv, *grad_initial_z;
-  // Of parts, when split: R, rho and N of their queries alone, then behind them.
-  float *part_kv, *part_z, *part_local, *part_scale;
 };
 // What a kernel can be told.
 static_assert(sizeof(FarBackward) <= 4096);

@@ -1,73 +1,70 @@
-// Omega on its way into the fused far backward, as tiles, and its gradient on the way out.
+// The gradients of omega and log_weight in the fused far backward.
 #pragma once
 
 #include "cuda/backward_parameters.h"
 #include "cuda/fused_far_layout.h"
 #include "cuda/fused_seen.h"
-#include "cuda/fused_walk.h"
 
 namespace dijiang::cuda {
 
-// Grid: head, side.
-template <class Shape>
-__global__ void __launch_bounds__(kWalkThreads) split_omega(const __grid_constant__ FarBackward b) {
-  const LinearAttentionParams& p = b.f.attention.params;
-  const int head = blockIdx.x, side = blockIdx.y;
-  if (head >= (side == 0 ? p.num_heads : p.num_kv_heads)) return;
-  Walk<typename Shape::Part, false> walk(b.f, nullptr);
-  walk.load_parameters(side == 0 ? p.fq : p.fk, head,
-                       reinterpret_cast<char*>(b.work.omega[side] + int64_t{head} * Shape::kMatrix),
-                       reinterpret_cast<char*>(b.work.lines[side] + head * Shape::kFeatures));
-}
-
 // A split's part of grad omega and, in the last column, of grad log_weight, as grad_parameters
-// leaves them: the product of slopes and inputs over the tokens of so many chunks. Each warp has 16
-// features. Grid: split, head.
+// leaves them: the product of slopes and inputs over the tokens of so many tiles of 64. Each warp
+// has 16 features at a time. Grid: split, head, 64 features.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads)
-    sum_omega(const __grid_constant__ FarBackward b, int side, int chunks, float* parts) {
+    sum_omega(const __grid_constant__ FarBackward b, int side, int split_tiles, float* parts) {
   using T = typename Shape::T;
-  constexpr int kD = Shape::kHeadDim, kM = Shape::kFeatures;
+  constexpr int kD = Shape::kHeadDim, kM = Shape::kFeatures, kOwn = 64;
   DIJIANG_DYNAMIC_SHARED(raw);
-  auto* slopes = reinterpret_cast<T*>(raw);  // two stages
-  T* inputs = slopes + 2 * kTileRows * kM;   // likewise
-  const Attention& a = b.f.attention;
+  auto* slopes = reinterpret_cast<T*>(raw);   // two stages
+  T* inputs = slopes + 2 * kTileRows * kOwn;  // likewise
+  const Attention& a = b.a;
   const LinearAttentionParams& p = a.params;
+  const ConstView& x = side == 0 ? p.q : p.k;
   const int64_t heads = side == 0 ? p.num_heads : p.num_kv_heads;
   const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t begin = int64_t{blockIdx.x} * chunks, total = a.work.first_chunk[p.num_seqs];
-  const int64_t end = begin + chunks < total ? begin + chunks : total;
-  Walk<typename Shape::Part, false> walk(b.f, raw);
-  const ConstView slope_view{b.work.slopes[side], heads * p.seqlen * kM, p.seqlen * kM, kM, 1};
-  const auto load = [&](int64_t index) {
-    const Chunk& c = a.work.chunks[index];
-    walk.batch = c.batch;
-    walk.token = c.query_token;
-    walk.count = c.query_count;
-    const int stage = static_cast<int>((index - begin) % 2);
-    walk.template load_rows<kM>(slopes + stage * kTileRows * kM, slope_view, head, 0);
-    walk.template load_rows<kD>(inputs + stage * kTileRows * kD, side == 0 ? p.q : p.k, head, 0);
+  const int first = static_cast<int>(blockIdx.z) * kOwn;
+  const int64_t all = static_cast<int64_t>(a.work.first_chunk[p.num_seqs]) * a.row_tiles;
+  const int64_t begin = int64_t{blockIdx.x} * split_tiles;
+  const int64_t end = begin + split_tiles < all ? begin + split_tiles : all;
+
+  // Lanes 0 to 15 find the warp's rows of slopes, the others those of x.
+  const auto load = [&](int64_t tile) {
+    const Chunk& c = a.work.chunks[tile / a.row_tiles];
+    const int row = static_cast<int>(tile % a.row_tiles) * kTileRows, left = c.query_count - row;
+    const int count = left < 0 ? 0 : left < kTileRows ? left : kTileRows;
+    const int mine = 16 * warp + lane % 16;
+    const auto* from = static_cast<const T*>(x.data);
+    if (mine < count) {
+      const int token = c.query_token + row + mine;
+      from = lane < 16
+                 ? b.work.slopes[side] + row_index(p, heads, c.batch, head, token) * kM + first
+                 : view_row<T>(x, c.batch, head, token).data;
+    }
+    const auto stage = static_cast<int>((tile - begin) % 2);
+    copy_warp_rows<kOwn>(slopes + stage * kTileRows * kOwn, from, 0, 16 * warp, count);
+    copy_warp_rows<kD>(inputs + stage * kTileRows * kD, from, 16, 16 * warp, count);
   };
 
-  float sum[kD / 8][4], weight = 0.0f;  // of feature threadIdx.x
+  float sum[kD / 8][4], weight = 0.0f;  // of feature first + threadIdx.x
   clear(sum);
   const float* weights = b.work.weights[side];
   if (begin < end) load(begin);
   DIJIANG_UNROLL(1)
-  for (int64_t index = begin; index < end; ++index) {
-    const int stage = static_cast<int>((index - begin) % 2);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const auto stage = static_cast<int>((tile - begin) % 2);
     wait_copies();
     __syncthreads();
-    if (index + 1 < end) load(index + 1);
-    if (weights && threadIdx.x < kM) {
+    if (tile + 1 < end) load(tile + 1);
+    if (weights && threadIdx.x < kOwn) {
       for (int w = 0; w < kWalkWarps; ++w) {
-        weight += weights[((index * heads + head) * kWalkWarps + w) * kM + threadIdx.x];
+        weight += weights[((tile * heads + head) * kWalkWarps + w) * kM + first + threadIdx.x];
       }
     }
     DIJIANG_UNROLL()
     for (int s = 0; s < kTileRows; s += 16) {
       unsigned left[4];
-      load_left_transposed<kM>(left, slopes + stage * kTileRows * kM, 16 * warp, s);
+      load_left_transposed<kOwn>(left, slopes + stage * kTileRows * kOwn, 16 * warp, s);
       DIJIANG_UNROLL()
       for (int n = 0; n < kD; n += 16) {
         unsigned right[4];
@@ -77,7 +74,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     }
   }
   const float root = sqrtf(static_cast<float>(p.scale));
-  float* part = parts + (blockIdx.x * heads + head) * kM * (kD + 1);
+  float* part = parts + ((blockIdx.x * heads + head) * kM + first) * (kD + 1);
   DIJIANG_UNROLL()
   for (int n = 0; n < kD / 8; ++n) {
     DIJIANG_UNROLL()
@@ -86,7 +83,7 @@ __global__ void __launch_bounds__(kWalkThreads)
       part[i * (kD + 1) + j] = sum[n][e] * root;
     }
   }
-  if (threadIdx.x < kM) part[threadIdx.x * (kD + 1) + kD] = weight;
+  if (threadIdx.x < kOwn) part[threadIdx.x * (kD + 1) + kD] = weight;
 }
 
 }  // namespace dijiang::cuda

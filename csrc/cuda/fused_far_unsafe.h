@@ -36,7 +36,7 @@ struct UnsafeRows {
 
   __device__ UnsafeRows(const FarBackward& backward, const Chunk& chunk, float* raw)
       : b(backward),
-        a(backward.f.attention),
+        a(backward.a),
         c(chunk),
         index(blockIdx.x),
         kv_head(blockIdx.y),
@@ -107,7 +107,7 @@ struct UnsafeRows {
   __device__ void finish_row(const Side& side, int row, const float* u, const float* g) const {
     const LinearAttentionParams& p = a.params;
     const FeatureKind kind = p.kind;
-    const int64_t place = row_place(p, side.heads, c, side.head) + row;
+    const int64_t place = row_index(p, side.heads, c.batch, side.head, c.query_token + row);
     float* du = shared + Shared::slopes + warp * kM;
     float total = 0.0f;
     for (int n = 0; n < kOwn; ++n) total += g[lane + 32 * n];
@@ -133,7 +133,7 @@ struct UnsafeRows {
     const float square = square_of(x);
     if (lane == 0) {
       b.work.total[side.number][place] += total;
-      if (b.grad_feature[side.number].beta) b.work.square[side.number][place] += square * total;
+      if (b.work.square[side.number]) b.work.square[side.number][place] += square * total;
     }
     __syncwarp();
   }
@@ -146,7 +146,7 @@ struct UnsafeRows {
   __device__ void add_row(int64_t head, int row) {
     const LinearAttentionParams& p = a.params;
     const Side side = queries(head);
-    const int64_t place = row_place(p, p.num_heads, c, head) + row;
+    const int64_t place = row_index(p, p.num_heads, c.batch, head, c.query_token + row);
     const float scale = static_cast<const float*>(p.row_scale)[place];
     const float inverse = b.work.inverse[place], delta = b.work.delta[place];
     const Row<T> grad = view_row<T>(b.grad_out, c.batch, head, c.query_token + row);
@@ -184,14 +184,14 @@ struct UnsafeRows {
     if (i < kM) {
       float sum = 0.0f, product = 0.0f;
       for (int w = 0; w < kWalkWarps; ++w) sum += shared[Shared::sums + w * kM + i];
-      const T* state = b.work.state + cell * Shape::kState;
+      const T* state = static_cast<const T*>(a.work.states) + cell * Shape::kState;
       for (int j = 0; j < kV; ++j) {
         product = fmaf(grad[j], to_float(state[tile_offset<kM>(j, i)]), product);
       }
-      const float top = b.work.scale[cell * kM + i];
+      const float top = a.work.scale[cell * kM + i];
       if (top > kNone) {
         const float decay = levels ? decay_between(levels, -1, row) : 0.0f;
-        sum += (product - delta * b.work.z[cell * kM + i]) * inverse *
+        sum += (product - delta * a.work.z[cell * kM + i]) * inverse *
                exp2_scaled(query[i] + decay, top - scale);
       }
       shared[Shared::sums + i] = sum;
@@ -207,8 +207,8 @@ struct UnsafeRows {
     bool any = false;
     for (int h = 0; h < a.group; ++h) {
       const int64_t head = int64_t{kv_head} * a.group + h;
-      unsigned long long rows = Walk<typename Shape::Part, false>::failed_rows(
-          b.work.unsafe + (index * p.num_heads + head) * kWalkWarps);
+      unsigned long long rows =
+          failed_rows(b.work.unsafe + (index * p.num_heads + head) * kWalkWarps);
       if (rows != 0 && !any) {
         any = true;
         for (int e = threadIdx.x; e < Shared::query - Shared::key_grads; e += kWalkThreads) {
@@ -225,7 +225,7 @@ struct UnsafeRows {
     }
     if (!any) return;
     for (int s = warp; s < c.query_count; s += kWalkWarps) {
-      const int64_t place = row_place(p, p.num_kv_heads, c, kv_head) + s;
+      const int64_t place = row_index(p, p.num_kv_heads, c.batch, kv_head, c.query_token + s);
       for (int j = lane; j < kV; j += 32) {
         add_to(static_cast<T*>(b.grad_v) + place * kV + j, shared[Shared::values + s * kV + j]);
       }

@@ -146,4 +146,12 @@ struct FeatureMap {
   }
 };
 
+// A side's heads once a call, where each has many blocks. Grid: head.
+template <class Map>
+__global__ void __launch_bounds__(kWalkThreads)
+    split_maps(LinearAttentionParams p, FeatureParams feature, char* maps) {
+  char* to = maps + static_cast<int64_t>(blockIdx.x) * Map::kBytes;
+  Map::store(p, feature, static_cast<int>(blockIdx.x), to, to + Map::kMatrix);
+}
+
 }  // namespace dijiang::cuda

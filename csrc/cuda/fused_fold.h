@@ -7,6 +7,30 @@
 
 namespace dijiang::cuda {
 
+// Of the blocks of `parts` parts a sequence: which part of the chunk table this one has.
+struct FoldPart {
+  int64_t seq;
+  int index, first, end;
+  bool is_last;
+
+  __device__ FoldPart(const Attention& a, int parts)
+      : FoldPart(a, blockIdx.x / parts, static_cast<int>(blockIdx.x % parts)) {}
+  __device__ FoldPart(const Attention& a, int64_t sequence, int part) : seq(sequence), index(part) {
+    const int chunks = a.work.parts.chunks, behind = a.work.first_chunk[seq + 1];
+    first = a.work.first_chunk[seq] + index * chunks;
+    is_last = first + chunks >= behind;
+    end = is_last ? behind : first + chunks;
+  }
+  // Of the sequence's parts.
+  __device__ int last(const Attention& a) const {
+    return (a.work.first_chunk[seq + 1] - a.work.first_chunk[seq] - 1) / a.work.parts.chunks;
+  }
+  // Of a state of all parts but the last.
+  __device__ int64_t cell(const Attention& a, int part, int head) const {
+    return (seq * (a.work.parts.count - 1) + part) * a.params.num_kv_heads + head;
+  }
+};
+
 // kSaves: whether states before chunks are wanted, or but the last.
 template <class Shape, bool kSaves>
 struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
@@ -96,59 +120,9 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
 
   // Before a chunk. Behind a barrier after the last update.
   __device__ __forceinline__ void save_state(int chunk) const {
-    const int64_t cell = cell_of(a, chunk, kv_head), part_size = params().headdim_v * kM;
-    auto* image =
-        static_cast<__nv_bfloat16*>(a.work.states) + cell * kParts * part_size + first_column * kM;
-    DIJIANG_UNROLL()
-    for (int n = 0; n < 2 * kStateTiles; ++n) {
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; t += 4) {
-        unsigned packed[kParts][4];
-        DIJIANG_UNROLL()
-        for (int i = 0; i < 4; ++i) {
-          const float* s = state[n / 2][t + i] + n % 2 * 2;
-          const Split<kParts> x(s[0], s[1]);
-          DIJIANG_UNROLL()
-          for (int part = 0; part < kParts; ++part) packed[part][i] = x.part[part];
-        }
-        DIJIANG_UNROLL()
-        for (int part = 0; part < kParts; ++part) {
-          transpose_quad(packed[part]);
-          auto* to =
-              image + part * part_size + tile_offset<kM>(this->state_row(n), (t + lane % 4) * 8);
-          *reinterpret_cast<uint4*>(to) =
-              make_uint4(packed[part][0], packed[part][1], packed[part][2], packed[part][3]);
-        }
-      }
-    }
+    const int64_t cell = cell_of(a, chunk, kv_head);
+    this->save_tile(static_cast<__nv_bfloat16*>(a.work.states), cell);
     this->write_sums(a.work.z, a.work.scale, cell);
-  }
-
-  // Behind all keys so far come those of a part, of which its own walk has left the state.
-  __device__ __forceinline__ void add_part(const FoldParts& part, int64_t cell) {
-    auto* factor = at<float>(Shared::factor);
-    auto* part_factor = at<float>(Shared::top);
-    __syncthreads();
-    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      float& scale = at<float>(Shared::scale)[i];
-      float& z = at<float>(Shared::z)[i];
-      float before = scale, times = 1.0f;
-      if (a.has_decay) {
-        const auto all = static_cast<float>(part.decay[cell]);
-        const DecayStep step = step_decay(all, at<float>(Shared::rest)[i]);
-        before = fmaxf(before + step.whole, kEmpty);
-        times = step.factor;
-      }
-      const float local = part.scale[cell * kM + i];
-      scale = fmaxf(before, local);
-      factor[i] = scale2(times, before - scale);
-      part_factor[i] = scale2(1.0f, local - scale);
-      z = z * factor[i] + part.z[cell * kM + i] * part_factor[i];
-    }
-    __syncthreads();
-    this->each_element([&](int i, int n, float& x) {
-      x = x * factor[i] + part.kv[this->element(cell, i, n)] * part_factor[i];
-    });
   }
 
   // --- the walk ----------------------------------------------------------------------------------

@@ -58,24 +58,19 @@ struct MixedRows : NearRows<Shape> {
 
   // --- loading -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ static void copy(char* to, const void* from, int bytes) {
-    for (int i = threadIdx.x * 16; i < bytes; i += kWalkThreads * 16) {
-      copy_async(to + i, static_cast<const char*>(from) + i, true);
-    }
-  }
   __device__ __forceinline__ void load_far() {
     const int64_t cell = cell_of(a, chunk_index(), this->kv_head);
     const int64_t part_size = a.params.headdim_v * kM;
     const auto* states = static_cast<const __nv_bfloat16*>(a.work.states) +
                          cell * kParts * part_size + this->first_column * kM;
-    copy(far(0), a.work.query_maps + static_cast<int64_t>(head) * Map::kBytes, Map::kBytes);
+    copy_block(far(0), a.work.query_maps + static_cast<int64_t>(head) * Map::kBytes, Map::kBytes);
     DIJIANG_UNROLL()
     for (int part = 0; part < kParts; ++part) {
-      copy(far(Shape::state + part * Shape::kStatePart), states + part * part_size,
-           Shape::kStatePart);
+      copy_block(far(Shape::state + part * Shape::kStatePart), states + part * part_size,
+                 Shape::kStatePart);
     }
-    copy(far(Shape::scale), a.work.scale + cell * kM, Shape::kFloats);
-    copy(far(Shape::z), a.work.z + cell * kM, Shape::kFloats);
+    copy_block(far(Shape::scale), a.work.scale + cell * kM, Shape::kFloats);
+    copy_block(far(Shape::z), a.work.z + cell * kM, Shape::kFloats);
   }
 
   // --- sums --------------------------------------------------------------------------------------

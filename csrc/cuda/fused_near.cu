@@ -44,7 +44,11 @@ bool with_near_shape(const LinearAttentionParams& p, const Take& take) {
 }  // namespace
 
 bool fused_near_applies(const LinearAttentionParams& p) {
-  if (!fused_switched_on() || p.kind == FeatureKind::kGiven || p.num_features != 0) return false;
+  return p.num_features == 0 && near_rows_apply(p);
+}
+
+bool near_rows_apply(const LinearAttentionParams& p) {
+  if (!fused_switched_on() || p.kind == FeatureKind::kGiven) return false;
   if (p.window == 0 && p.sinks == 0) return false;
   if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
   if (!begins_at_pieces(p.out) || !state_begins_at_pieces(p.initial)) return false;

@@ -9,9 +9,11 @@
 
 namespace dijiang::cuda {
 
-// No features, sizes that the kernel is built for, and rows that asynchronous copies can take.
-// DIJIANG_CUDA_FUSED=0 in the environment: never.
+// No features, and what near rows ask.
 bool fused_near_applies(const LinearAttentionParams& params);
+// Near keys of sizes that the kernels are built for, and rows that asynchronous copies can take.
+// DIJIANG_CUDA_FUSED=0 in the environment: never.
+bool near_rows_apply(const LinearAttentionParams& params);
 
 // Outputs and statistics of all rows. The chunk table and the slots of hard keys are there.
 void launch_fused_near(const Attention& a, cudaStream_t stream);

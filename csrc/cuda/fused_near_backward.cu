@@ -1,5 +1,5 @@
-// The fused backward of near keys alone: which calls it takes, and its kernels (fused_near_grads.h
-// is what a block does).
+// The fused backward of near keys, alone or beside far ones: which calls it takes, and its kernels
+// (fused_near_grads.h is what a block does).
 #include "cuda/fused_near_backward.h"
 
 #include "cuda/fused_calls.h"
@@ -157,7 +157,7 @@ bool with_grad_shape(const LinearAttentionParams& p, const Take& take) {
 
 bool fused_near_backward_applies(const LinearAttentionBackwardParams& params) {
   const LinearAttentionParams& p = params.forward;
-  if (!fused_near_applies(p) || !has_whole_pieces(params.grad_out)) return false;
+  if (!near_rows_apply(p) || !has_whole_pieces(params.grad_out)) return false;
   int bytes = 0;
   const bool has_shape = with_grad_shape(p, [&](auto s) { bytes = decltype(s)::kSharedBytes; });
   return has_shape && device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= bytes;

@@ -1,5 +1,5 @@
-// The fused backward of near keys alone, for 16-bit inputs. linear_attention_backward takes it
-// where it applies, in the place of backward_near.h and backward_hard.h. Host functions alone.
+// The fused backward of near keys, alone or beside far ones, for 16-bit inputs: taken where it
+// applies, in the place of backward_near.h and backward_hard.h. Host functions alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 
 namespace dijiang::cuda {
 
-// Where the fused forward applies, for headdim_v 64 and 128 and gradients in whole pieces.
+// Where its rows apply (fused_near.h), for headdim_v 64 and 128 and gradients in whole pieces.
 bool fused_near_backward_applies(const LinearAttentionBackwardParams& params);
 
 // near_q, near_k and the near part of grad_v, but for the sum over the sinks' parts. Row statistics

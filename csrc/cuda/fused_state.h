@@ -65,29 +65,14 @@ struct StateWalk {
 
   // u: exponents of the warp's rows, decayed as the walk is; kept: the lane's two. state_decay,
   // where decayed: up to where theirs goes. Leaves M', what state and z are multiplied by to refer
-  // to it, and the features 2^(u - M') in shared memory, which are there behind a barrier. between:
-  // called when all warps are done with what they did before.
-  template <class Between>
+  // to it, and the features weigh(half, 2^(u - M')) in shared memory, which are there behind a
+  // barrier. between: called when all warps are done with what they did before.
+  template <class Between, class Weigh>
   __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
                                                    const bool (&kept)[2], bool decayed,
-                                                   float state_decay, const Between& between) {
-    {
-      float most[kM / 8][2];
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; ++t) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          most[t][e] = fmaxf(kept[0] ? u[t][e] : kEmpty, kept[1] ? u[t][2 + e] : kEmpty);
-        }
-      }
-      const int tile = max_over_rows<kM / 8>(most);
-      float* maxima = at<float>(Shared::maxima) + warp * kM;
-      DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 64; ++t) {
-        maxima[(tile + t) * 8 + 2 * (lane % 4)] = most[t][0];
-        maxima[(tile + t) * 8 + 2 * (lane % 4) + 1] = most[t][1];
-      }
-    }
+                                                   float state_decay, const Between& between,
+                                                   const Weigh& weigh) {
+    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u, kept);
     __syncthreads();
     between();
 
@@ -122,8 +107,9 @@ struct StateWalk {
       const float top0 = top[column], top1 = top[column + 1];
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        const Split<kParts> x(kept[half] ? exp2_below(u[t][2 * half], -top0) : 0.0f,
-                              kept[half] ? exp2_below(u[t][2 * half + 1], -top1) : 0.0f);
+        const Split<kParts> x(
+            kept[half] ? weigh(half, exp2_below(u[t][2 * half], -top0)) : 0.0f,
+            kept[half] ? weigh(half, exp2_below(u[t][2 * half + 1], -top1)) : 0.0f);
         DIJIANG_UNROLL()
         for (int part = 0; part < kParts; ++part) {
           store_pair(features + part * kTileRows * kM, row0 + lane / 4 + 8 * half, column,
@@ -131,6 +117,13 @@ struct StateWalk {
         }
       }
     }
+  }
+
+  template <class Between>
+  __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
+                                                   const bool (&kept)[2], bool decayed,
+                                                   float state_decay, const Between& between) {
+    prepare_features(u, kept, decayed, state_decay, between, [](int, float x) { return x; });
   }
 
   __device__ __forceinline__ static void store_pair(__nv_bfloat16* tile, int row, int column,
@@ -144,7 +137,10 @@ struct StateWalk {
 
   // --- state -------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void update_state(const T* value_tile, bool decayed) {
+  // weigh: what a row of the tile counts in z.
+  template <class Weigh>
+  __device__ __forceinline__ void update_state(const T* value_tile, bool decayed,
+                                               const Weigh& weigh) {
     const auto* factor = at<float>(Shared::factor);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
@@ -193,7 +189,8 @@ struct StateWalk {
           DIJIANG_UNROLL()
           for (int part = 0; part < kParts; ++part) {
             const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[part][r]);
-            sums[(i / 8 + r / 2) % kOwn] += x.first + x.second;
+            const int row = s + r % 2 * 8 + 2 * (lane % 4);
+            sums[(i / 8 + r / 2) % kOwn] += x.first * weigh(row) + x.second * weigh(row + 1);
           }
         }
       }
@@ -208,6 +205,10 @@ struct StateWalk {
         if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
       }
     }
+  }
+
+  __device__ __forceinline__ void update_state(const T* value_tile, bool decayed) {
+    update_state(value_tile, decayed, [](int) { return 1.0f; });
   }
 
   // take(i, n, x): x of the lane's state belongs to feature i and its part n of the columns.
@@ -251,6 +252,60 @@ struct StateWalk {
       z[cell * kM + i] = at<float>(Shared::z)[i];
       scale[cell * kM + i] = at<float>(Shared::scale)[i];
     }
+  }
+
+  // The state as a tile that rows read, in parts.
+  __device__ __forceinline__ void save_tile(__nv_bfloat16* tiles, int64_t cell) const {
+    const int64_t part_size = params().headdim_v * kM;
+    __nv_bfloat16* tile = tiles + cell * kParts * part_size + first_column * kM;
+    DIJIANG_UNROLL()
+    for (int n = 0; n < 2 * kStateTiles; ++n) {
+      DIJIANG_UNROLL()
+      for (int t = 0; t < kM / 8; t += 4) {
+        unsigned packed[kParts][4];
+        DIJIANG_UNROLL()
+        for (int i = 0; i < 4; ++i) {
+          const float* s = state[n / 2][t + i] + n % 2 * 2;
+          const Split<kParts> x(s[0], s[1]);
+          DIJIANG_UNROLL()
+          for (int part = 0; part < kParts; ++part) packed[part][i] = x.part[part];
+        }
+        DIJIANG_UNROLL()
+        for (int part = 0; part < kParts; ++part) {
+          transpose_quad(packed[part]);
+          auto* to = tile + part * part_size + tile_offset<kM>(state_row(n), (t + lane % 4) * 8);
+          *reinterpret_cast<uint4*>(to) =
+              make_uint4(packed[part][0], packed[part][1], packed[part][2], packed[part][3]);
+        }
+      }
+    }
+  }
+
+  // Behind all that came so far comes a part, of which its own walk has left the state.
+  __device__ __forceinline__ void add_part(const FoldParts& part, int64_t cell) {
+    auto* factor = at<float>(Shared::factor);
+    auto* part_factor = at<float>(Shared::top);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
+      float& scale = at<float>(Shared::scale)[i];
+      float& z = at<float>(Shared::z)[i];
+      float before = scale, times = 1.0f;
+      if (a.has_decay) {
+        const auto all = static_cast<float>(part.decay[cell]);
+        const DecayStep step = step_decay(all, at<float>(Shared::rest)[i]);
+        before = fmaxf(before + step.whole, kEmpty);
+        times = step.factor;
+      }
+      const float local = part.scale[cell * kM + i];
+      scale = fmaxf(before, local);
+      factor[i] = scale2(times, before - scale);
+      part_factor[i] = scale2(1.0f, local - scale);
+      z = z * factor[i] + part.z[cell * kM + i] * part_factor[i];
+    }
+    __syncthreads();
+    each_element([&](int i, int n, float& x) {
+      x = x * factor[i] + part.kv[element(cell, i, n)] * part_factor[i];
+    });
   }
 };
 

@@ -64,6 +64,13 @@ __device__ __forceinline__ void copy_warp_rows(T* tile, const T* from, int first
   }
 }
 
+// Whole pieces of 16 bytes, by all threads of a block.
+__device__ __forceinline__ void copy_block(void* to, const void* from, int bytes) {
+  for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kWalkThreads) {
+    copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
+  }
+}
+
 template <int kTiles>
 __device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
   DIJIANG_UNROLL()
@@ -190,6 +197,40 @@ __device__ inline int max_over_rows(float (&x)[kTiles][2]) {
     }
   }
   return first;
+}
+
+// Of the warp's rows so far as they are kept, the lane's two: the largest number in each column.
+template <int kTiles>
+__device__ __forceinline__ void store_column_maxima(float* maxima, const float (&x)[kTiles][4],
+                                                    const bool (&kept)[2]) {
+  float most[kTiles][2];
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles; ++t) {
+    DIJIANG_UNROLL()
+    for (int e = 0; e < 2; ++e) {
+      most[t][e] = fmaxf(kept[0] ? x[t][e] : kEmpty, kept[1] ? x[t][2 + e] : kEmpty);
+    }
+  }
+  const int tile = max_over_rows(most);
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles / 8; ++t) {
+    DIJIANG_UNROLL()
+    for (int e = 0; e < 2; ++e) maxima[(tile + t) * 8 + 2 * (threadIdx.x % 4) + e] = most[t][e];
+  }
+}
+
+// Bit r: row r. A warp's ballots have row g at bit 4 g, row g + 8 at bit 4 g + 2.
+__device__ __forceinline__ unsigned long long failed_rows(const unsigned* places) {
+  unsigned long long all = 0;
+  for (int w = 0; w < kWalkWarps; ++w) {
+    const unsigned bits = places[w];
+    if (bits == 0) continue;
+    for (int g = 0; g < 8; ++g) {
+      all |= static_cast<unsigned long long>(bits >> 4 * g & 1) << (16 * w + g);
+      all |= static_cast<unsigned long long>(bits >> (4 * g + 2) & 1) << (16 * w + g + 8);
+    }
+  }
+  return all;
 }
 
 }  // namespace dijiang::cuda

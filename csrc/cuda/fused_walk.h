@@ -501,20 +501,6 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     }
     this->update_state(values(first), mode.decayed);
   }
-
-  // Bit r: row r. A warp's ballots have row g at bit 4 g, row g + 8 at bit 4 g + 2.
-  __device__ __forceinline__ unsigned long long failed_rows(const unsigned* places) const {
-    unsigned long long all = 0;
-    for (int w = 0; w < kWalkWarps; ++w) {
-      const unsigned bits = places[w];
-      if (bits == 0) continue;
-      for (int g = 0; g < 8; ++g) {
-        all |= static_cast<unsigned long long>(bits >> 4 * g & 1) << (16 * w + g);
-        all |= static_cast<unsigned long long>(bits >> (4 * g + 2) & 1) << (16 * w + g + 8);
-      }
-    }
-    return all;
-  }
 };
 
 }  // namespace dijiang::cuda

@@ -1,0 +1,168 @@
+// One block's work of the fused far backward where no chunk has far keys of its own, because near
+// ones stand beside them: 64 queries of a chunk against the state before it, or 64 keys that it
+// folds against the state R behind it. Both are the same, with phi a row's features at the scale
+// of the state, and x a row of gradients of the outputs, or of values:
+//   db = phi * (S do - delta z), phi decayed up to the query, over den
+//   da = phi * (R v - rho),      phi decayed up to the chunk's end;   dv = phi R
+#pragma once
+
+#include "cuda/attention_rows.h"
+#include "cuda/fused_far_rows.h"
+
+namespace dijiang::cuda {
+
+// Offsets in bytes.
+template <class Shape>
+struct SideShared {
+  static constexpr int kTile = kTileRows * 2;  // bytes a column
+  static constexpr int kFloats = Shape::kFeatures * static_cast<int>(sizeof(float));
+  static constexpr int map = 0;
+  static constexpr int rows = map + Shape::Map::kBytes;
+  static constexpr int values = rows + Shape::kHeadDim * kTile;
+  static constexpr int state = values + Shape::kValueDim * kTile;
+  static constexpr int scale = state + Shape::kState * 2;
+  static constexpr int z = scale + kFloats;
+  static constexpr int kBytes = z + kFloats;
+};
+
+template <class Shape, bool kKeys>
+struct FarSides : FarRows<Shape> {
+  using Base = FarRows<Shape>;
+  using Base::a;
+  using Base::b;
+  using Base::kD;
+  using Base::kM;
+  using Base::kV;
+  using Base::lane;
+  using Base::params;
+  using Base::row;
+  using Base::row0;
+  using Base::shared;
+  using Base::work;
+  using typename Base::Map;
+  using typename Base::T;
+  using Shared = SideShared<Shape>;
+
+  FarSide side;
+  int64_t cell;
+  // Of the lane's two rows: phi = 2^(u + decay + scale of the state + shift) times.
+  float decay[2] = {0.0f, 0.0f}, shift[2] = {0.0f, 0.0f}, times[2] = {0.0f, 0.0f};
+  float delta[2] = {1.0f, 1.0f};
+  unsigned phi[kM / 8][2];
+
+  // The head is that of the rows' own side.
+  __device__ __forceinline__ FarSides(const FarBackward& backward, int64_t index, int64_t tile,
+                                      int head, char* raw)
+      : Base(backward, raw),
+        side{kKeys ? 1 : 0,
+             head,
+             kKeys ? backward.a.params.num_kv_heads : backward.a.params.num_heads,
+             kKeys ? backward.a.params.fk : backward.a.params.fq,
+             {-1, -1},
+             tile} {
+    cell = cell_of(a, index, kKeys ? head : head / a.group);
+  }
+
+  template <class U>
+  __device__ __forceinline__ U* at(int offset) const {
+    return reinterpret_cast<U*>(shared + offset);
+  }
+
+  // from: the row that the lane finds of `count`: an input, of lanes behind 15 what it meets.
+  __device__ __forceinline__ void load(const T* from, int count) {
+    copy_warp_rows<kD>(at<T>(Shared::rows), from, 0, row0, count);
+    copy_warp_rows<kV>(at<T>(Shared::values), from, 16, row0, count);
+    copy_block(shared + Shared::map, work.maps[side.number] + side.head * Map::kBytes, Map::kBytes);
+    const T* states = kKeys ? work.reverse : static_cast<const T*>(a.work.states);
+    copy_block(shared + Shared::state, states + cell * Shape::kState, 2 * Shape::kState);
+    copy_block(shared + Shared::scale, (kKeys ? work.reverse_scale : a.work.scale) + cell * kM,
+               Shared::kFloats);
+    copy_block(shared + Shared::z, (kKeys ? work.reverse_z : a.work.z) + cell * kM,
+               Shared::kFloats);
+    wait_copies();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void make_features(const float (&u)[kM / 8][4]) {
+    const float* scale = at<float>(Shared::scale);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        float x[2];
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 2; ++e) {
+          const float y =
+              exp2_below(u[t][2 * half + e] + decay[half], scale[column + e] + shift[half]);
+          // An empty state has no scale to which a row could refer.
+          x[e] = times[half] == 0.0f || scale[column + e] < kNone ? 0.0f : y * times[half];
+        }
+        phi[t][half] = pack<T>(x[0], x[1]);
+      }
+    }
+  }
+
+  // g = phi * (x state - delta z)
+  __device__ __forceinline__ void find_gradients(float (&g)[kM / 8][4]) const {
+    clear(g);
+    DIJIANG_UNROLL()
+    for (int k = 0; k < kV; k += 16) {
+      unsigned left[4];
+      load_left<kV>(left, at<T>(Shared::values), row0, k);
+      DIJIANG_UNROLL()
+      for (int i = 0; i < kM; i += 16) {
+        unsigned right[4];
+        load_right_transposed<kM>(right, at<T>(Shared::state), i, k);
+        multiply_add_16<T>(g[i / 8], g[i / 8 + 1], left, right);
+      }
+    }
+    const float* z = at<float>(Shared::z);
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        const Pair<T> x = unpack<T>(phi[t][half]);
+        g[t][2 * half] = x.first * (g[t][2 * half] - delta[half] * z[column]);
+        g[t][2 * half + 1] = x.second * (g[t][2 * half + 1] - delta[half] * z[column + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_values() const {
+    DIJIANG_UNROLL(1)
+    for (int n = 0; n < kV; n += 32) {
+      float x[4][4];
+      clear(x);
+      DIJIANG_UNROLL()
+      for (int i = 0; i < kM; i += 16) {
+        const unsigned left[4] = {phi[i / 8][0], phi[i / 8][1], phi[i / 8 + 1][0],
+                                  phi[i / 8 + 1][1]};
+        DIJIANG_UNROLL()
+        for (int j = 0; j < 4; j += 2) {
+          unsigned right[4];
+          load_right<kM>(right, at<T>(Shared::state), n + 8 * j, i);
+          multiply_add_16<T>(x[j], x[j + 1], left, right);
+        }
+      }
+      this->template write_columns<kV>(side, static_cast<T*>(b.grad_v), n, [&](int half, int j) {
+        const float2 near = this->template near_pair<kV>(work.near_v, side, half, n + 8 * j);
+        return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const Map map{params(), shared, shared + Map::kMatrix};
+    const T* tile = at<T>(Shared::rows);
+    float u[kM / 8][4], g[kM / 8][4];
+    this->exponents(tile, map, side.feature, side.head, u);
+    make_features(u);
+    find_gradients(g);
+    this->finish_side(side, tile, map, g, u);
+    if (kKeys) write_values();
+  }
+};
+
+}  // namespace dijiang::cuda
