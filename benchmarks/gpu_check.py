@@ -420,7 +420,7 @@ def mixed_problems() -> Iterator[Problem]:
         ("exp", 64, 64, (16, 4, (96, 0)), {}),
         ("exp", 64, 64, (64, 4), {"grows": True}),
         ("softmax", 64, 64, (64, 4), {"normalize": False}),
-        ("exp", 64, 64, (64, 4), {"trained": True}),
+        ("softmax", 64, 64, (64, 4), {"trained": True}),
     ):
         suffix = "".join(f", {name}" for name in options)
         sizes = f"{kind}, {dim} x {features}"
