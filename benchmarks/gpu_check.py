@@ -27,11 +27,11 @@ on the same tensors, in turn, with CUDA events. The device sleeps until all laun
 that the times are the device's; what Python and launches cost is the host's column. One token is
 also timed as a replayed CUDA graph.
 
-Far keys alone and near keys alone at 16 bits have two forwards each, and two backwards (docs/
-cuda.md): the fused ones, and the others, which groups with DIJIANG_CUDA_FUSED=0 check and time on
-the same problems. Times of
-far keys alone stand beside a copy that moves as many bytes as q, k, v and the output have; those of
-near keys alone beside softmax attention, with hard keys chosen and with the same ones given.
+Far keys alone, near keys alone and both at 16 bits have two forwards each, the former two backwards
+as well (docs/cuda.md): the fused ones, and the others, which groups with DIJIANG_CUDA_FUSED=0 check
+and time on the same problems. Times of far keys alone stand beside a copy that moves as many bytes
+as q, k, v and the output have; the others beside softmax attention, with hard keys chosen and with
+the same ones given.
 """
 
 from __future__ import annotations
@@ -405,6 +405,35 @@ def near_problems() -> Iterator[Problem]:
         yield attention_problem(name, features=0, near=near, batch=1, tokens=700, cu_seqlens=ends)
 
 
+def mixed_problems() -> Iterator[Problem]:
+    """Far keys beside near ones, sizes that the fused mixed forward takes."""
+    decay = rates(2, 700)
+    for kind, dim, features, near, options in (
+        ("exp", 64, 64, (64, 4), {}),
+        ("exp", 64, 64, (64, 4, 64), {}),
+        ("exp", 64, 64, (64, 4), {"log_decay": decay}),
+        ("softmax", 64, 64, (64, 4, 64), {"log_decay": decay}),
+        ("elu", 64, 64, (64, 70), {}),
+        ("exp", 128, 64, (64, 4, 64), {}),
+        ("exp", 128, 128, (64, 4), {}),
+        ("exp", 64, 64, (100, 0), {"log_decay": decay}),
+        ("exp", 64, 64, (16, 4, (96, 0)), {}),
+        ("exp", 64, 64, (64, 4), {"grows": True}),
+        ("softmax", 64, 64, (64, 4), {"normalize": False}),
+        ("softmax", 64, 64, (64, 4), {"trained": True}),
+    ):
+        suffix = "".join(f", {name}" for name in options)
+        sizes = f"{kind}, {dim} x {features}"
+        name = f"far beside near, {sizes}, {described(near_keys(*near))}{suffix}, {path()}"
+        yield attention_problem(
+            name, kind=kind, dim=dim, features=features, near=near, tokens=700, **options
+        )
+    for near in ((64, 4), (16, 4, 24)):
+        ends = torch.tensor([0, 1, 200, 263, 700], dtype=torch.int32, device=DEVICE)
+        name = f"far beside near, packed sequences, {described(near_keys(*near))}, {path()}"
+        yield attention_problem(name, features=64, near=near, batch=1, tokens=700, cu_seqlens=ends)
+
+
 def more_problems() -> Iterator[Problem]:
     """What the other groups do not vary, the most important first."""
     decay = rates(2, 300)
@@ -602,6 +631,7 @@ FAR_CAUSALITY = (
     ((64, 0), 96),
     ((16, 4, 24), 96),
 )
+MIXED_CAUSALITY = (((64, 4), 64), ((64, 4, 64), 64), ((16, 70, 24), 64))
 NEAR_CAUSALITY = (((64, 4), 0), ((16, 70), 0), ((64, 4, 64), 0))
 
 
@@ -747,11 +777,11 @@ def in_both_ways(
     return {name: partial(function, *inputs) for name, function in functions.items()}
 
 
-def near_calls(
-    tokens: int, cache_size: int, given: bool, train: bool, label: str
+def window_calls(
+    tokens: int, features: int, cache_size: int, given: bool, train: bool, label: str
 ) -> dict[str, Callable]:
-    """As long_calls, without far keys; given: the choice of hard keys is not timed."""
-    q, k, v, *_ = long_inputs(tokens, DTYPES[label])
+    """As long_calls; given: the choice of hard keys is not timed."""
+    q, k, v, *maps = long_inputs(tokens, DTYPES[label], features)
     grad = torch.randn_like(q)
     options = near_keys(64, 4, cache_size)
     if given:
@@ -760,17 +790,18 @@ def near_calls(
         )[1]
 
     def ours(q, k, v):
-        return dijiang.ops.kernelized_attention(q, k, v, **options)
+        return dijiang.ops.kernelized_attention(q, k, v, *(maps if features else ()), **options)
 
     return in_both_ways({"dijiang": ours, "softmax": softmax_attention}, (q, k, v), grad, train)
 
 
-def long_inputs(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
+def long_inputs(tokens: int, dtype: torch.dtype = torch.bfloat16, features: int = 128) -> tuple:
     heads, kv_heads, dim = 32, 8, 128
     tensor = {"device": DEVICE, "dtype": dtype}
     q = torch.randn(1, heads, tokens, dim, **tensor)
     k, v = (torch.randn(1, kv_heads, tokens, dim, **tensor) for _ in "kv")
-    return q, k, v, parameters(heads, 128, dim, "exp"), parameters(kv_heads, 128, dim, "exp")
+    maps = (parameters(count, features, dim, "exp") for count in (heads, kv_heads))
+    return q, k, v, *maps
 
 
 def token_calls(tokens: int, captured: bool) -> dict[str, Callable]:
@@ -815,21 +846,32 @@ def timing_cases(longest: int) -> Iterator[Case]:
             yield Case({"what": what, "tokens": tokens}, partial(beside_softmax, make, memory))
 
 
-def near_timing_cases(longest: int) -> Iterator[Case]:
+NEAR_TIMINGS = (  # features, dtype, hard keys, given, trained
+    (0, "bfloat16", 0, False, False),
+    (0, "float16", 0, False, False),
+    (0, "bfloat16", 64, False, False),
+    (0, "bfloat16", 64, True, False),
+    (0, "bfloat16", 256, False, False),
+    (0, "bfloat16", 256, True, False),
+    (0, "bfloat16", 0, False, True),
+)
+MIXED_TIMINGS = (
+    (64, "bfloat16", 0, False, False),
+    (64, "float16", 0, False, False),
+    (64, "bfloat16", 64, True, False),
+    (64, "bfloat16", 0, False, True),
+    (128, "bfloat16", 0, False, False),
+)
+
+
+def window_timing_cases(longest: int, timings: tuple) -> Iterator[Case]:
     for tokens in (n for n in (2048, 8192, 32768) if n <= longest):
-        for label, cache_size, given, train in (
-            ("bfloat16", 0, False, False),
-            ("float16", 0, False, False),
-            ("bfloat16", 64, False, False),
-            ("bfloat16", 64, True, False),
-            ("bfloat16", 256, False, False),
-            ("bfloat16", 256, True, False),
-            ("bfloat16", 0, False, True),
-        ):
+        for features, label, cache_size, given, train in timings:
+            keys = f"far beside near, {features} features" if features else "near keys alone"
             hard = f", {cache_size} hard keys{' given' * given}" if cache_size else ""
             passes = "forward and backward" if train else "forward"
-            what = f"near keys alone{hard}, {passes}, {label}, {path()}"
-            make = partial(near_calls, tokens, cache_size, given, train, label)
+            what = f"{keys}{hard}, {passes}, {label}, {path()}"
+            make = partial(window_calls, tokens, features, cache_size, given, train, label)
             yield Case({"what": what, "tokens": tokens}, partial(beside_softmax, make, True))
 
 
@@ -880,6 +922,18 @@ def far_cases(_args) -> Iterator[Case]:
     return itertools.chain(cases_of(far_problems()), causality_cases(FAR_CAUSALITY))
 
 
+def mixed_cases(_args) -> Iterator[Case]:
+    return itertools.chain(cases_of(mixed_problems()), causality_cases(MIXED_CAUSALITY))
+
+
+def near_timings(args) -> Iterator[Case]:
+    return window_timing_cases(args.longest, NEAR_TIMINGS)
+
+
+def mixed_timings(args) -> Iterator[Case]:
+    return window_timing_cases(args.longest, MIXED_TIMINGS)
+
+
 def near_cases(_args) -> Iterator[Case]:
     return itertools.chain(
         cases_of(near_problems()), causality_cases(NEAR_CAUSALITY), choice_cases()
@@ -890,20 +944,22 @@ GROUPS = {  # in the order of their running
     "maps": Group(CHECKS, lambda _: cases_of(map_problems()), 60),
     "far": Group(CHECKS, far_cases, 90),
     "near": Group(CHECKS, near_cases, 90),
+    "mixed": Group(CHECKS, mixed_cases, 90),
     "more": Group(CHECKS, lambda _: cases_of(more_problems()), 90),
     "states": Group(CHECKS, lambda _: state_cases(), 90),
     "attention": Group(CHECKS, lambda _: cases_of(attention_problems()), 120),
     "far, other kernels": Group(CHECKS, far_cases, 90, fused=False),
     "near, other kernels": Group(CHECKS, near_cases, 90, fused=False),
-    "timing, near": Group(TIMINGS, lambda args: near_timing_cases(args.longest), 60),
+    "mixed, other kernels": Group(CHECKS, mixed_cases, 90, fused=False),
+    "timing, mixed": Group(TIMINGS, mixed_timings, 60),
+    "timing, near": Group(TIMINGS, near_timings, 60),
     "timing, far": Group(FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60),
     "timing": Group(TIMINGS, lambda args: timing_cases(args.longest), 150),
     "timing, far, other kernels": Group(
         FAR_TIMINGS, lambda args: far_timing_cases(args.longest), 60, fused=False
     ),
-    "timing, near, other kernels": Group(
-        TIMINGS, lambda args: near_timing_cases(args.longest), 60, fused=False
-    ),
+    "timing, mixed, other kernels": Group(TIMINGS, mixed_timings, 60, fused=False),
+    "timing, near, other kernels": Group(TIMINGS, near_timings, 60, fused=False),
 }
 
 

@@ -9,6 +9,7 @@
 #include "cuda/fused_choice.cu"
 #include "cuda/fused_far_backward.cu"
 #include "cuda/fused_forward.cu"
+#include "cuda/fused_mixed.cu"
 #include "cuda/fused_near.cu"
 #include "cuda/fused_near_backward.cu"
 #include "cuda/linear_attention_backward.cu"

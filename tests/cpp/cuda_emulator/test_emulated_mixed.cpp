@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/fused_choice.cu"
+#include "cuda/fused_far_backward.cu"
 #include "cuda/fused_forward.cu"
 #include "cuda/fused_mixed.cu"
 #include "cuda/fused_near.cu"
