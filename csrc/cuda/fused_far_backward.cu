@@ -304,7 +304,7 @@ void zero(X* buffer, int64_t count, cudaStream_t stream) {
   if (buffer && count > 0) cudaMemsetAsync(buffer, 0, count * sizeof(X), stream);
 }
 
-// What not all rows write: padding, and keys that are not folded.
+// What not all rows write: padding, tiles without rows, keys that are not folded.
 void clear_buffers(const Plan& plan, cudaStream_t stream) {
   const FarBackward& b = plan.far;
   const LinearAttentionParams& p = b.a.params;
@@ -315,7 +315,9 @@ void clear_buffers(const Plan& plan, cudaStream_t stream) {
   const int64_t rows = tokens * p.num_kv_heads;
   zero(b.work.total[1], rows, stream);
   zero(b.work.slopes[1], rows * m, stream);
-  zero(b.work.weights[1], b.a.max_chunks * b.a.row_tiles * p.num_kv_heads * kWalkWarps * m, stream);
+  const int64_t warps = b.a.max_chunks * b.a.row_tiles * kWalkWarps;
+  zero(b.work.weights[0], warps * p.num_heads * m, stream);
+  zero(b.work.weights[1], warps * p.num_kv_heads * m, stream);
   zero(plan.near.work.near_k, rows * p.headdim, stream);
   zero(plan.near.work.grad_v, rows * p.headdim_v, stream);
 }

@@ -84,6 +84,7 @@ struct FarSides : FarRows<Shape> {
   }
 
   __device__ __forceinline__ void make_features(const float (&u)[kM / 8][4]) {
+    constexpr int kMost = 126;  // few, unless weights are not over den
     const float* scale = at<float>(Shared::scale);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
@@ -94,7 +95,7 @@ struct FarSides : FarRows<Shape> {
         DIJIANG_UNROLL()
         for (int e = 0; e < 2; ++e) {
           const float y =
-              exp2_below(u[t][2 * half + e] + decay[half], scale[column + e] + shift[half]);
+              exp2_below<kMost>(u[t][2 * half + e] + decay[half], scale[column + e] + shift[half]);
           // An empty state has no scale to which a row could refer.
           x[e] = times[half] == 0.0f || scale[column + e] < kNone ? 0.0f : y * times[half];
         }

@@ -1,21 +1,14 @@
-// The fused backward of far keys alone, run by the emulator, against the definition's gradients in
-// double and against the other path.
+// The fused backward of far keys, alone and beside near ones, run by the emulator, against the
+// definition's gradients in double.
 #include <gtest/gtest.h>
 
 #include <array>
 #include <functional>
 #include <string>
 
-#include "cuda/fused_choice.cu"
-#include "cuda/fused_far_backward.cu"
-#include "cuda/fused_forward.cu"
-#include "cuda/fused_mixed.cu"
-#include "cuda/fused_near.cu"
-#include "cuda/fused_near_backward.cu"
-#include "cuda/linear_attention_backward.cu"
-#include "cuda/linear_attention_forward.cu"
 #include "emulated_device.h"
 #include "emulated_gradients.h"
+#include "emulated_kernels.h"
 
 namespace {
 
@@ -43,17 +36,30 @@ Problem problem(int seqlen) {
   return p;
 }
 
+// Beside near keys.
+Problem mixed(int seqlen, int window, int sinks, int slots = 0) {
+  Problem p = problem(seqlen);
+  p.window = window;
+  p.sinks = sinks;
+  p.cache_size = slots;
+  return p;
+}
+
 std::string name(const Problem& p) {
-  return "kind " + std::to_string(int(p.kind)) + " decay " + std::to_string(p.decay) + " seqlen " +
-         std::to_string(p.seqlen) + " heads " + std::to_string(p.heads) + "/" +
-         std::to_string(p.kv_heads) + " dims " + std::to_string(p.dim) + ", " +
+  return "window " + std::to_string(p.window) + " sinks " + std::to_string(p.sinks) + " slots " +
+         std::to_string(p.cache().most) + " kind " + std::to_string(int(p.kind)) + " decay " +
+         std::to_string(p.decay) + " seqlen " + std::to_string(p.seqlen) + " heads " +
+         std::to_string(p.heads) + "/" + std::to_string(p.kv_heads) + " dims " +
+         std::to_string(p.dim) + ", " + std::to_string(p.features) + ", " +
          std::to_string(p.dim_v) + " normalize " + std::to_string(p.normalize) + " size " +
          std::to_string(p.size);
 }
 
-void expect_fused() {
-  EXPECT_TRUE(ran("grad_far_chunks"));
-  EXPECT_FALSE(ran("compute_features") || ran("grad_query_features") || ran("grad_inputs"));
+void expect_fused(const Problem& p) {
+  EXPECT_EQ(ran("grad_far_chunks"), p.window == 0);
+  EXPECT_EQ(ran("grad_far_queries") && ran("grad_far_keys") && ran("grad_window<"), p.window > 0);
+  EXPECT_FALSE(ran("compute_features") || ran("grad_query_features") || ran("grad_inputs") ||
+               ran("grad_near_queries"));
   EXPECT_EQ(cuda_emulator::settings().bank_conflicts, 0);
 }
 
@@ -73,8 +79,7 @@ void check(Problem p, unsigned seed = 1) {
     const Device device(multiprocessors);
     Call<T> call(p, 1);
     const Gradients got = call.backward(0, p.seqlen);
-    expect_fused();
-    EXPECT_EQ(ran("walk_queries_back"), multiprocessors == kMany && p.seqlen > 256);
+    expect_fused(p);
     compare(p, got, want);
   }
 }
@@ -160,7 +165,7 @@ TEST(EmulatedFarBackward, ThroughTheState) {
       const Gradients late = call.backward(cut, p.seqlen, &middle, &end);
       const Gradients early =
           call.backward(0, cut, &start, &middle, late.initial_kv, late.initial_z);
-      expect_fused();
+      expect_fused(p);
       const auto join = [&](const auto& a, const auto& b, int heads, int dim) {
         std::vector<double> all;
         const auto x = emulated::widen(a), y = emulated::widen(b);
@@ -230,7 +235,7 @@ TEST(EmulatedFarBackward, OneLargeKey) {
       const Device device(kFew);
       Call<T> call(p, 1);
       const Gradients got = call.backward(0, p.seqlen);
-      expect_fused();
+      expect_fused(p);
       const oracle::Result want = oracle::run(p, true);
       // What rows before it get does not hang on it: theirs alone.
       const auto before = [&](const std::vector<double>& x, int heads, int dim) {
@@ -280,7 +285,7 @@ TEST(EmulatedFarBackward, ExtremesStayFinite) {
     Call<T> call(p, 1);
     SCOPED_TRACE(name(p));
     const Gradients got = call.backward(0, p.seqlen);
-    expect_fused();
+    expect_fused(p);
     const auto finite = [](const auto& x) {
       for (const double e : emulated::widen(x)) {
         if (!std::isfinite(e)) return false;
@@ -292,6 +297,19 @@ TEST(EmulatedFarBackward, ExtremesStayFinite) {
   }
 }
 
+std::vector<double> all_gradients(const Problem& p) {
+  const Device device(kMany);
+  Call<T> call(p, 1);
+  const Gradients g = call.backward(0, p.seqlen);
+  std::vector<double> all = emulated::widen(g.q);
+  for (const auto& x : {emulated::widen(g.k), emulated::widen(g.v), emulated::widen(g.omega_q),
+                        emulated::widen(g.omega_k), emulated::widen(g.weight_q),
+                        emulated::widen(g.beta_k), emulated::widen(g.log_decay)}) {
+    all.insert(all.end(), x.begin(), x.end());
+  }
+  return all;
+}
+
 TEST(EmulatedFarBackward, OrderOfThreadsChangesNothing) {
   for (const double size : {1.0, 20.0}) {
     Problem p = problem(size > 1.0 ? 100 : 300);
@@ -300,18 +318,135 @@ TEST(EmulatedFarBackward, OrderOfThreadsChangesNothing) {
     p.decay = true;
     p.size = size;
     p.fill(9, emulated::round_to<T>);
-    emulated::expect_same_in_any_order([&] {
+    emulated::expect_same_in_any_order([&] { return all_gradients(p); });
+  }
+}
+
+// --- beside near keys ----------------------------------------------------------------------------
+
+TEST(EmulatedFarBackward, BesideNearKeys) {
+  for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+    for (const bool decay : {false, true}) {
+      for (const auto& [window, sinks, slots, seqlen] :
+           std::vector<std::array<int, 4>>{{64, 4, 0, 330}, {80, 0, 0, 400}, {16, 3, 20, 150}}) {
+        Problem p = mixed(seqlen, window, sinks, slots);
+        p.kind = kind;
+        p.decay = decay;
+        check(p);
+      }
+    }
+  }
+}
+
+// Windows of several tiles, more sinks than a tile, slots that never fill or many.
+TEST(EmulatedFarBackward, WindowsSinksAndSlots) {
+  for (const auto& [window, sinks, slots, seqlen] :
+       std::vector<std::array<int, 4>>{{130, 70, 0, 600},
+                                       {64, 0, 100, 330},
+                                       {5, 0, 1, 60},
+                                       {70, 2, 100, 500},
+                                       {64, 4, 64, 64},
+                                       {8, 40, 12, 100}}) {
+    Problem p = mixed(seqlen, window, sinks, slots);
+    p.decay = sinks % 4 == 0;
+    check(p);
+  }
+}
+
+TEST(EmulatedFarBackward, SizesBesideNearKeys) {
+  for (const auto& [dim, features, dim_v] : std::vector<std::array<int, 3>>{
+           {64, 128, 64}, {128, 128, 128}, {128, 64, 64}, {64, 64, 128}}) {
+    Problem p = mixed(230, 64, 4, dim == dim_v ? 20 : 0);
+    p.dim = dim;
+    p.features = features;
+    p.dim_v = dim_v;
+    p.scale = 1.0 / std::sqrt(dim);
+    p.decay = features == 128;
+    check(p);
+    p.kind = FeatureKind::kSoftmax;
+    check(p);
+  }
+}
+
+TEST(EmulatedFarBackward, GroupsPackedAndPaddedBesideNearKeys) {
+  for (const auto& [window, slots] : std::vector<std::array<int, 2>>{{64, 0}, {20, 12}}) {
+    for (const bool decay : {false, true}) {
+      Problem p = mixed(300, window, 3, slots);
+      p.heads = 6;
+      p.kv_heads = 2;
+      p.decay = decay;
+      p.segments = {{0, 0, 1}, {1, 7, 240}, {0, 1, 200}, {0, 200, 200}, {0, 210, 300}};
+      // The table of hard keys asks for the order of memory.
+      if (slots > 0) p.segments = {{0, 0, 1}, {0, 1, 200}, {0, 210, 300}, {1, 7, 240}};
+      check(p);
+    }
+  }
+  Problem own = mixed(200, 16, 2);  // heads apart, one without slots
+  own.heads = 4;
+  own.kv_heads = 2;
+  own.cache_sizes = {20, 0};
+  check(own);
+}
+
+TEST(EmulatedFarBackward, NotNormalizedAndEpsBesideNearKeys) {
+  Problem p = mixed(250, 64, 2);
+  p.normalize = false;
+  p.size = 0.5;
+  check(p);
+  p.normalize = true;
+  p.eps = 0.5;
+  check(p);
+  p.decay = true;
+  p.beta = p.log_weight = false;
+  check(p);
+}
+
+// Of the last tokens, from the state that the first ones leave: its keys have no gradients here.
+TEST(EmulatedFarBackward, AfterAGivenState) {
+  for (const auto& [window, sinks, slots] :
+       std::vector<std::array<int, 3>>{{64, 3, 0}, {16, 4, 20}, {70, 0, 30}}) {
+    for (const int cut : {100, 192}) {
+      Problem p = mixed(400, window, sinks, slots);
+      p.decay = true;
+      SCOPED_TRACE(name(p));
+      p.fill(3, emulated::round_to<T>);
+      Problem last = p;  // as if the outputs before the cut did not count
+      for (int b = 0; b < p.batch; ++b) {
+        for (int h = 0; h < p.heads; ++h) {
+          std::fill_n(&last.grad_out[p.row(h, p.heads, b, 0) * p.dim_v], cut * p.dim_v, 0.0);
+        }
+      }
+      const oracle::Result want = oracle::run(last, true);
       const Device device(kMany);
       Call<T> call(p, 1);
-      const Gradients g = call.backward(0, p.seqlen);
-      std::vector<double> all = emulated::widen(g.q);
-      for (const auto& x : {emulated::widen(g.k), emulated::widen(g.v), emulated::widen(g.omega_q),
-                            emulated::widen(g.omega_k), emulated::widen(g.weight_q),
-                            emulated::widen(g.beta_k), emulated::widen(g.log_decay)}) {
-        all.insert(all.end(), x.begin(), x.end());
-      }
-      return all;
-    });
+      State before(p), state(p), after(p);
+      ASSERT_EQ(call.forward_part(0, cut, before, state), cudaSuccess);
+      const Gradients got = call.backward(cut, p.seqlen, &state, &after);
+      expect_fused(p);
+      const auto tail = [&](const std::vector<double>& x, int heads, int dim) {
+        std::vector<double> y;
+        for (int row = 0; row < p.batch * heads; ++row) {
+          y.insert(y.end(), x.begin() + (int64_t{row} * p.seqlen + cut) * dim,
+                   x.begin() + int64_t{row + 1} * p.seqlen * dim);
+        }
+        return y;
+      };
+      EXPECT_LT(error(emulated::widen(got.q), tail(want.grad_q, p.heads, p.dim)), kTolerance);
+      EXPECT_LT(error(emulated::widen(got.k), tail(want.grad_k, p.kv_heads, p.dim)), kTolerance);
+      EXPECT_LT(error(emulated::widen(got.v), tail(want.grad_v, p.kv_heads, p.dim_v)), kTolerance);
+      EXPECT_LT(error(emulated::widen(got.log_decay), tail(want.grad_log_decay, p.kv_heads, 1)),
+                kTolerance);
+    }
+  }
+}
+
+TEST(EmulatedFarBackward, OrderOfThreadsChangesNothingBesideNearKeys) {
+  for (const auto& [window, slots] : std::vector<std::array<int, 2>>{{16, 20}, {64, 0}}) {
+    Problem p = mixed(window == 16 ? 140 : 260, window, 3, slots);
+    p.batch = 1;
+    p.decay = true;
+    p.fill(9, emulated::round_to<T>);
+    emulated::expect_same_in_any_order([&] { return all_gradients(p); });
   }
 }
 
@@ -333,6 +468,11 @@ TEST(EmulatedFarBackward, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.num_features = 128; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.window = 16; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.window = 64; }));
+  EXPECT_TRUE(applies([](Params& b) {
+    b.forward.window = 64;
+    b.forward.num_features = 128;
+  }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.dtype = dijiang::DType::kFloat16; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.kind = FeatureKind::kGiven; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_dim = 2; }));

@@ -4,13 +4,9 @@
 #include <array>
 #include <string>
 
-#include "cuda/fused_choice.cu"
-#include "cuda/fused_forward.cu"
-#include "cuda/fused_mixed.cu"
-#include "cuda/fused_near.cu"
-#include "cuda/linear_attention_forward.cu"
 #include "cuda/linear_attention_update.cu"
 #include "emulated_attention.h"
+#include "emulated_kernels.h"
 
 namespace {
 

@@ -5,12 +5,8 @@
 #include <array>
 #include <string>
 
-#include "cuda/fused_choice.cu"
-#include "cuda/fused_forward.cu"
-#include "cuda/fused_mixed.cu"
-#include "cuda/fused_near.cu"
-#include "cuda/linear_attention_forward.cu"
 #include "emulated_device.h"
+#include "emulated_kernels.h"
 
 namespace {
 

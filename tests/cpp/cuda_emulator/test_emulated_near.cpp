@@ -6,15 +6,8 @@
 #include <functional>
 #include <string>
 
-#include "cuda/fused_choice.cu"
-#include "cuda/fused_far_backward.cu"
-#include "cuda/fused_forward.cu"
-#include "cuda/fused_mixed.cu"
-#include "cuda/fused_near.cu"
-#include "cuda/fused_near_backward.cu"
-#include "cuda/linear_attention_backward.cu"
-#include "cuda/linear_attention_forward.cu"
 #include "emulated_attention.h"
+#include "emulated_kernels.h"
 
 namespace {
 

@@ -7,15 +7,8 @@
 #include <functional>
 #include <string>
 
-#include "cuda/fused_choice.cu"
-#include "cuda/fused_far_backward.cu"
-#include "cuda/fused_forward.cu"
-#include "cuda/fused_mixed.cu"
-#include "cuda/fused_near.cu"
-#include "cuda/fused_near_backward.cu"
-#include "cuda/linear_attention_backward.cu"
-#include "cuda/linear_attention_forward.cu"
 #include "emulated_attention.h"
+#include "emulated_kernels.h"
 
 namespace {
 
@@ -277,7 +270,7 @@ TEST(EmulatedNearBackward, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params&) {}));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 128; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
-  EXPECT_FALSE(applies([](Params& b) { b.forward.num_features = 64; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 64; }));  // beside far keys
   EXPECT_FALSE(applies([](Params& b) { b.forward.dtype = dijiang::DType::kFloat32; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_dim = 2; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_seq += 4; }));
