@@ -12,8 +12,8 @@
 //   - warp collectives that a lane of the mask never reaches,
 //   - launches beyond the hardware's limits.
 // Races between barriers show as results that change with the order in which threads run:
-// set_schedule() runs the same kernel in ascending, descending or shuffled order, or with one warp
-// far ahead of the others.
+// set_schedule() runs the same kernel in ascending, descending (blocks, too) or shuffled order, or
+// with one warp far ahead of the others.
 #pragma once
 
 #include <algorithm>
@@ -327,13 +327,15 @@ inline void launch(const char* name, dim3 grid, dim3 threads, size_t shared_byte
   Block& b = block();
   b.body = &body;
   gridDim = grid;
+  const bool backwards = settings().schedule == Schedule::kDescending;
   blockDim = threads;
   b.fibers.assign(count, Fiber{});
   b.warps.assign((count + 31) / 32, Warp{});
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
+        blockIdx =
+            backwards ? uint3{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : uint3{x, y, z};
         ++settings().blocks;
         // Allocated anew for each block, to the byte, so that AddressSanitizer knows its end.
         const size_t bytes = (shared_bytes + kGuardBytes + 127) / 128 * 128;
