@@ -27,11 +27,11 @@ on the same tensors, in turn, with CUDA events. The device sleeps until all laun
 that the times are the device's; what Python and launches cost is the host's column. One token is
 also timed as a replayed CUDA graph.
 
-Far keys alone, near keys alone and both at 16 bits have two forwards each, the former two backwards
-as well (docs/cuda.md): the fused ones, and the others, which groups with DIJIANG_CUDA_FUSED=0 check
-and time on the same problems. Times of far keys alone stand beside a copy that moves as many bytes
-as q, k, v and the output have; the others beside softmax attention, with hard keys chosen and with
-the same ones given.
+Far keys alone, near keys alone and both at 16 bits have two forwards each, and two backwards (of far
+keys in bfloat16 alone; docs/cuda.md): the fused ones, and the others, which groups with
+DIJIANG_CUDA_FUSED=0 check and time on the same problems. Times of far keys alone stand beside a copy
+that moves as many bytes as q, k, v and the output have; the others beside softmax attention, with
+hard keys chosen and with the same ones given.
 """
 
 from __future__ import annotations
@@ -406,7 +406,7 @@ def near_problems() -> Iterator[Problem]:
 
 
 def mixed_problems() -> Iterator[Problem]:
-    """Far keys beside near ones, sizes that the fused mixed forward takes."""
+    """Far keys beside near ones, sizes that the fused mixed forward and backward take."""
     decay = rates(2, 700)
     for kind, dim, features, near, options in (
         ("exp", 64, 64, (64, 4), {}),
@@ -421,6 +421,7 @@ def mixed_problems() -> Iterator[Problem]:
         ("exp", 64, 64, (64, 4), {"grows": True}),
         ("softmax", 64, 64, (64, 4), {"normalize": False}),
         ("softmax", 64, 64, (64, 4), {"trained": True}),
+        ("exp", 128, 128, (64, 4, 64), {"trained": True, "log_decay": decay}),
     ):
         suffix = "".join(f", {name}" for name in options)
         sizes = f"{kind}, {dim} x {features}"
@@ -860,7 +861,9 @@ MIXED_TIMINGS = (
     (64, "float16", 0, False, False),
     (64, "bfloat16", 64, True, False),
     (64, "bfloat16", 0, False, True),
+    (64, "bfloat16", 64, True, True),
     (128, "bfloat16", 0, False, False),
+    (128, "bfloat16", 0, False, True),
 )
 
 

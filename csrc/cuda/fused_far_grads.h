@@ -10,6 +10,7 @@
 // left operand of what follows.
 #pragma once
 
+#include "cuda/backward_layout.h"
 #include "cuda/fused_far_rows.h"
 
 namespace dijiang::cuda {
