@@ -27,11 +27,11 @@ on the same tensors, in turn, with CUDA events. The device sleeps until all laun
 that the times are the device's; what Python and launches cost is the host's column. One token is
 also timed as a replayed CUDA graph.
 
-Far keys alone, near keys alone and both at 16 bits have two forwards each, and two backwards (of far
-keys in bfloat16 alone; docs/cuda.md): the fused ones, and the others, which groups with
-DIJIANG_CUDA_FUSED=0 check and time on the same problems. Times of far keys alone stand beside a copy
-that moves as many bytes as q, k, v and the output have; the others beside softmax attention, with
-hard keys chosen and with the same ones given.
+Far keys alone, near keys alone and both at 16 bits have two forwards each, and two backwards (of
+far keys in bfloat16 alone; docs/cuda.md): the fused ones, and the others, which groups with
+DIJIANG_CUDA_FUSED=0 check and time on the same problems. Times of far keys alone stand beside a
+copy that moves as many bytes as q, k, v and the output have; the others beside softmax attention,
+with hard keys chosen and with the same ones given.
 """
 
 from __future__ import annotations

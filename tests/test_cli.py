@@ -258,6 +258,25 @@ def test_distill(run, folder, text, tmp_path):
     assert code == 0 and json.loads(out)["tokens"] <= 2
 
 
+def test_distill_on_repeats(run, folder, text, tmp_path, monkeypatch):
+    from dijiang import data, distillation
+
+    rows, distill = [], distillation.distill
+    monkeypatch.setattr(
+        distillation,
+        "distill",
+        lambda model, blocks, **options: rows.append(blocks) or distill(model, blocks, **options),
+    )
+    words = ("distill", "--model", folder, "--data", text, "--window", 16, "--tokens", 256)
+    for more in ((), ("--repeats",)):
+        code, _, err = run(*words, "--length", 256, "--out", tmp_path / f"student{more}", *more)
+        assert code == 0, err
+    assert torch.equal(rows[1], data.with_repeats(rows[0]))
+    assert not torch.equal(rows[1], rows[0])
+    code, _, err = run(*words, "--length", 128, "--repeats", "--out", tmp_path / "short")
+    assert code == 2 and "passage must be" in err
+
+
 def test_plot(run, tmp_path):
     pytest.importorskip("matplotlib")
     results = tmp_path / "results.json"

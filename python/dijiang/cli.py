@@ -204,6 +204,13 @@ else:
             str, typer.Option(help="What prediction trains: dijiang, attention or all.")
         ] = "attention",
         length: Annotated[int, typer.Option(help="Tokens of one training sequence.")] = 1024,
+        repeats: Annotated[
+            bool,
+            typer.Option(
+                "--repeats",
+                help="Let rows repeat passages of their first half: recall at some cost in prose.",
+            ),
+        ] = False,
         as_json: Json = False,
     ):
         """Convert a model (unless it is) and train it to attend as its softmax did; save it.
@@ -224,6 +231,10 @@ else:
             if spread and config.cache_size:
                 config = _spread(student, config, blocks[: -(-4096 // length)], console)
             convert_model(student, config)
+        if repeats:
+            from .data import with_repeats
+
+            blocks = with_repeats(blocks)
         with console.stage(f"distilling on {tokens} tokens") as progress:
             done = distill_model(
                 student,
