@@ -248,16 +248,23 @@ static __global__ void __launch_bounds__(kThreads) sum_sink_gradients(Backward b
   if (sink < c.start_pos || sink >= c.end_pos) return;
   const int64_t width = p.headdim + p.headdim_v;
   const int64_t row = row_index(p, p.num_kv_heads, c.batch, blockIdx.y, token_of(c, sink));
+  const int64_t parts = (last - first) * a.row_tiles * a.group;
+  const auto part = [&](int64_t n, int64_t j) {  // n: (tile, head of the group)
+    const int64_t tile = first * a.row_tiles + n / a.group;
+    const int row0 = static_cast<int>(tile % a.row_tiles) * kRows;
+    if (n >= parts || row0 >= a.work.chunks[tile / a.row_tiles].query_count) return 0.0f;
+    const int64_t head = static_cast<int64_t>(blockIdx.y) * a.group + n % a.group;
+    return b.work.sinks[((tile * p.num_heads + head) * p.sinks + sink) * width + j];
+  };
+  constexpr int kUnder = 8;  // loads under way
   for (int64_t j = threadIdx.x; j < width; j += kThreads) {
     float sum = 0.0f;
-    for (int64_t index = first; index < last; ++index) {
-      for (int tile = 0; tile * kRows < a.work.chunks[index].query_count; ++tile) {
-        for (int g = 0; g < a.group; ++g) {
-          const int64_t head = static_cast<int64_t>(blockIdx.y) * a.group + g;
-          const int64_t at = ((index * a.row_tiles + tile) * p.num_heads + head) * p.sinks + sink;
-          sum += b.work.sinks[at * width + j];
-        }
-      }
+    for (int64_t n = 0; n < parts; n += kUnder) {
+      float x[kUnder];
+      DIJIANG_UNROLL()
+      for (int i = 0; i < kUnder; ++i) x[i] = part(n + i, j);
+      DIJIANG_UNROLL()
+      for (int i = 0; i < kUnder; ++i) sum += x[i];
     }
     if (j < p.headdim) {
       b.work.near_k[row * p.headdim + j] += sum;

@@ -440,6 +440,23 @@ TEST(EmulatedFarBackward, AfterAGivenState) {
   }
 }
 
+// Hundreds of chunks, each with a little decay, since a query that alone has feature 0: what a
+// state's numbers keep of decay must not pile up.
+TEST(EmulatedFarBackward, MildDecayForEver) {
+  Problem p = mixed(700, 4, 0, 1);
+  p.batch = p.heads = 1;
+  p.decay = true;
+  p.fill(2, emulated::round_to<T>);
+  for (double& x : p.log_decay) x = float(-1e-3);
+  std::fill_n(p.omega_q.begin(), p.dim, 0.0);
+  p.omega_q[0] = 40.0;
+  for (int t = 0; t < p.seqlen; ++t) p.q[t * p.dim] = t < p.seqlen - 4 ? -9.0 : 9.0;
+  const Device device(kFew);
+  Call<T> call(p, 1);
+  // What exponents of 180 lose in their own bits.
+  compare(p, call.backward(0, p.seqlen), oracle::run(p, true), 2 * kTolerance);
+}
+
 TEST(EmulatedFarBackward, OrderOfThreadsChangesNothingBesideNearKeys) {
   for (const auto& [window, slots] : std::vector<std::array<int, 2>>{{16, 20}, {64, 0}}) {
     Problem p = mixed(window == 16 ? 140 : 260, window, 3, slots);
