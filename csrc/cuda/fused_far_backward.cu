@@ -202,11 +202,10 @@ int larger(int x, int y) { return x > y ? x : y; }
 
 // The most shared memory that a block of any kernel takes.
 int most_shared(const LinearAttentionParams& p) {
-  const auto group = static_cast<int>(p.num_heads / p.num_kv_heads);
   int bytes = 0;
   with_far_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
-    bytes = ReverseWalk<typename Shape::Part, true>::bytes(group);
+    bytes = ReverseWalk<typename Shape::Part, true>::kBytes;
     bytes = larger(bytes, has_near(p) ? SideShared<Shape>::kBytes : FarShared<Shape>::kBytes);
   });
   return bytes;
@@ -221,7 +220,7 @@ struct Plan {
   int splits[kSides], split_tiles[kSides];
 };
 
-constexpr int64_t kParameterBlocks = 512;  // wanted
+constexpr int64_t kParameterBlocks = 4;  // wanted, a multiprocessor
 
 Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   Plan plan{};
@@ -259,7 +258,8 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
     w.square[side] = arena.take<float>(grad.beta ? rows : 0);
     w.slopes[side] = arena.take<__nv_bfloat16>(parameters ? rows * m : 0);
     w.weights[side] = arena.take<float>(grad.log_weight ? tiles * heads[side] * kWalkWarps * m : 0);
-    int64_t splits = ceil_div(kParameterBlocks, heads[side] * (m / 64));
+    const int64_t wanted = kParameterBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
+    int64_t splits = ceil_div(wanted, heads[side] * (m / 64));
     if (splits > tiles) splits = tiles;
     plan.split_tiles[side] = static_cast<int>(ceil_div(tiles, splits));
     plan.splits[side] = static_cast<int>(ceil_div(tiles, plan.split_tiles[side]));
@@ -325,7 +325,7 @@ void clear_buffers(const Plan& plan, cudaStream_t stream) {
 template <class Part>
 void launch_reverse(const FarBackward& b, cudaStream_t stream) {
   const LinearAttentionParams& p = b.a.params;
-  const int bytes = ReverseWalk<Part, true>::bytes(b.a.group);
+  constexpr int bytes = ReverseWalk<Part, true>::kBytes;
   const int64_t parts = b.work.parts.count;
   const unsigned kv_heads = grid_size(p.num_kv_heads);
   const unsigned columns = grid_size(p.headdim_v / kFoldColumns);

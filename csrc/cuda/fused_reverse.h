@@ -26,10 +26,8 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   using typename Base::Map;
   using typename Base::Shared;
   using typename Base::T;
-  // Two heads' maps in turn, where a group has several.
   static constexpr int kDeltas = Shared::bytes(0);
-  static constexpr int kSecond = kDeltas + kTileRows * static_cast<int>(sizeof(float));
-  static constexpr int bytes(int group) { return group == 1 ? kSecond : kSecond + Map::kBytes; }
+  static constexpr int kBytes = kDeltas + kTileRows * static_cast<int>(sizeof(float));
 
   const FarBackward& b;
   double decay = 0.0;  // of all chunks so far, base 2
@@ -88,23 +86,19 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
     return step;
   }
 
-  __device__ __forceinline__ char* map_at(int turn) const {
-    return shared + (a.group > 1 && turn == 1 ? kSecond : 0);
+  __device__ __forceinline__ Map map() const {
+    return {params(), shared + Shared::key_omega, shared + Shared::key_lines};
   }
-  // The first buffer's lines lie apart (FusedShared).
-  __device__ __forceinline__ char* lines_at(int turn) const {
-    return a.group > 1 && turn == 1 ? shared + kSecond + Map::kMatrix : shared + Shared::key_lines;
-  }
-  __device__ __forceinline__ void load_map(int head, int turn) {
+  __device__ __forceinline__ void load_map(int head) {
     const char* from = b.work.maps[0] + int64_t{head} * Map::kBytes;
-    copy_block(map_at(turn), from, Map::kMatrix);
-    copy_block(lines_at(turn), from + Map::kMatrix, Map::kLines);
+    copy_block(shared + Shared::key_omega, from, Map::kMatrix);
+    copy_block(shared + Shared::key_lines, from + Map::kMatrix, Map::kLines);
   }
   __device__ __forceinline__ void load_step(const Step& step, int turn) {
     if (!step.folds()) return;
     copy_warp_rows<kD>(this->template at<T>(Shared::keys), step.from, 0, row0, step.size);
     copy_warp_rows<kV>(this->values(turn), step.from, 16, row0, step.size);
-    if (a.group > 1) load_map(step.head, turn);
+    if (a.group > 1) load_map(step.head);  // of a group the heads come by turns
   }
 
   // --- the walk ----------------------------------------------------------------------------------
@@ -119,8 +113,7 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   template <class Between>
   __device__ __forceinline__ void fold(const Step& step, int turn, const Between& between) {
     float u[kM / 8][4];
-    const Map map{params(), map_at(turn), lines_at(turn)};
-    this->exponents(this->template at<T>(Shared::keys), map, params().fq.beta, step.head, u);
+    this->exponents(this->template at<T>(Shared::keys), map(), params().fq.beta, step.head, u);
     add_to_rows(u, step.shift);
     const bool kept[2] = {step.inverse[0] != 0.0f, step.inverse[1] != 0.0f};
     float* deltas = this->template at<float>(kDeltas);
@@ -140,7 +133,7 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   // Over chunks [first, end) of the table, the last one first.
   __device__ __forceinline__ void run(int first, int end) {
     Step step = find_step(end - 1, 0);
-    if (a.group == 1) load_map(step.head, 0);
+    if (a.group == 1) load_map(step.head);
     load_step(step, 0);
     DIJIANG_UNROLL(1)
     for (int turn = 0;; turn ^= 1) {
