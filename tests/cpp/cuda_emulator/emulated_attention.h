@@ -263,6 +263,14 @@ struct Call {
     return a;
   }
 
+  static cudaError_t run(const dijiang::LinearAttentionParams& a) {
+    const size_t bytes = dijiang::cuda::linear_attention_forward_workspace(a);
+    std::unique_ptr<char, decltype(&std::free)> workspace(
+        static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), &std::free);
+    std::memset(workspace.get(), 0xFF, bytes);  // NaN
+    return dijiang::cuda::linear_attention_forward(a, workspace.get(), nullptr);
+  }
+
   // In one go.
   cudaError_t forward(State<T>* final_state = nullptr) {
     dijiang::LinearAttentionParams a = params();
@@ -388,13 +396,19 @@ struct Call {
                   out.begin() + (int64_t{row} * p.seqlen + begin) * p.dim_v);
     }
   }
-  static cudaError_t run(const dijiang::LinearAttentionParams& a) {
-    const size_t bytes = dijiang::cuda::linear_attention_forward_workspace(a);
-    std::unique_ptr<char, decltype(&std::free)> workspace(
-        static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), &std::free);
-    std::memset(workspace.get(), 0xFF, bytes);  // NaN
-    return dijiang::cuda::linear_attention_forward(a, workspace.get(), nullptr);
-  }
 };
+
+// The second call is given the hard keys that the first one chooses; kernels are those of the
+// second.
+template <class T>
+void choose_and_give(Call<T>& chooses, Call<T>& given) {
+  dijiang::LinearAttentionParams a = chooses.params(), b = given.params();
+  std::vector<int32_t> table(a.num_kv_heads * a.cache_rows() * a.cache.most, -9);
+  a.chosen = table.data();
+  ASSERT_EQ(Call<T>::run(a), cudaSuccess);
+  b.given = table.data();
+  forget_kernels();
+  ASSERT_EQ(Call<T>::run(b), cudaSuccess);
+}
 
 }  // namespace emulated

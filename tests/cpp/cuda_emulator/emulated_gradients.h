@@ -44,4 +44,29 @@ GradientErrors compare(const oracle::Problem& p, const Gradients<T>& got,
   return errors;
 }
 
+// Of x, over (batch, heads, seqlen, dim), the tokens from `cut` on.
+inline std::vector<double> behind(const oracle::Problem& p, const std::vector<double>& x, int heads,
+                                  int dim, int cut) {
+  std::vector<double> y;
+  for (int row = 0; row < p.batch * heads; ++row) {
+    y.insert(y.end(), x.begin() + (int64_t{row} * p.seqlen + cut) * dim,
+             x.begin() + int64_t{row + 1} * p.seqlen * dim);
+  }
+  return y;
+}
+
+// The other way: what two calls gave for the tokens before and from `cut` on.
+template <class Early, class Late>
+std::vector<double> joined(const oracle::Problem& p, const Early& early, const Late& late,
+                           int heads, int dim, int cut) {
+  const std::vector<double> a = widen(early), b = widen(late);
+  const int n = cut * dim, rest = (p.seqlen - cut) * dim;
+  std::vector<double> all;
+  for (int row = 0; row < p.batch * heads; ++row) {
+    all.insert(all.end(), a.begin() + row * n, a.begin() + (row + 1) * n);
+    all.insert(all.end(), b.begin() + row * rest, b.begin() + (row + 1) * rest);
+  }
+  return all;
+}
+
 }  // namespace emulated

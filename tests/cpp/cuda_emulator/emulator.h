@@ -369,7 +369,9 @@ inline void launch(const char* name, dim3 grid, dim3 threads, size_t shared_byte
 #endif
         for (size_t i = 0; i < kGuardBytes; ++i) {
           if (static_cast<unsigned char>(shared[shared_bytes + i]) != kGuard) {
-            throw std::runtime_error("cuda emulator: a write behind the end of shared memory, in " + (settings().kernels.empty() ? std::string("?") : settings().kernels.back()));
+            throw std::runtime_error(
+                "cuda emulator: a write behind the end of shared memory, in " +
+                (settings().kernels.empty() ? std::string("?") : settings().kernels.back()));
           }
         }
       }

@@ -10,10 +10,12 @@
 namespace {
 
 using dijiang::FeatureKind;
+using emulated::behind;
 using emulated::Call;
 using emulated::compare;
 using emulated::error;
 using emulated::Gradients;
+using emulated::joined;
 using emulated::State;
 using oracle::Problem;
 
@@ -221,21 +223,12 @@ TEST(EmulatedBackward, ThroughTheState) {
       const Gradients<float> late = call.backward(cut, p.seqlen, &middle, &end);
       const Gradients<float> early =
           call.backward(0, cut, &start, &middle, late.initial_kv, late.initial_z);
-      const auto join = [&](const std::vector<float>& a, const std::vector<float>& b, int heads,
-                            int dim) {
-        std::vector<double> all;
-        for (int row = 0; row < p.batch * heads; ++row) {
-          const int n = cut * dim, rest = (p.seqlen - cut) * dim;
-          all.insert(all.end(), a.begin() + row * n, a.begin() + (row + 1) * n);
-          all.insert(all.end(), b.begin() + row * rest, b.begin() + (row + 1) * rest);
-        }
-        return all;
-      };
-      EXPECT_LT(error(join(early.q, late.q, p.heads, p.dim), want.grad_q), 2e-5);
-      EXPECT_LT(error(join(early.k, late.k, p.kv_heads, p.dim), want.grad_k), 2e-5);
-      EXPECT_LT(error(join(early.v, late.v, p.kv_heads, p.dim_v), want.grad_v), 2e-5);
+      EXPECT_LT(error(joined(p, early.q, late.q, p.heads, p.dim, cut), want.grad_q), 2e-5);
+      EXPECT_LT(error(joined(p, early.k, late.k, p.kv_heads, p.dim, cut), want.grad_k), 2e-5);
+      EXPECT_LT(error(joined(p, early.v, late.v, p.kv_heads, p.dim_v, cut), want.grad_v), 2e-5);
       if (decay) {
-        EXPECT_LT(error(join(early.log_decay, late.log_decay, p.kv_heads, 1), want.grad_log_decay),
+        EXPECT_LT(error(joined(p, early.log_decay, late.log_decay, p.kv_heads, 1, cut),
+                        want.grad_log_decay),
                   5e-5);
       }
       std::vector<double> omega(want.grad_omega_k.size());
@@ -266,19 +259,13 @@ TEST(EmulatedBackward, AfterAPrefill) {
       std::fill_n(late.grad_out.begin() + p.row(h, p.heads, 0, 0) * p.dim_v, cut * p.dim_v, 0.0);
     }
     const oracle::Result want = oracle::run(late, true);
-    const auto tail = [&](const std::vector<double>& x, int heads, int dim) {
-      std::vector<double> y;
-      for (int h = 0; h < heads; ++h) {
-        y.insert(y.end(), x.begin() + (int64_t{h} * p.seqlen + cut) * dim,
-                 x.begin() + int64_t{h + 1} * p.seqlen * dim);
-      }
-      return y;
-    };
-    EXPECT_LT(error(emulated::widen(got.q), tail(want.grad_q, p.heads, p.dim)), 2e-5);
-    EXPECT_LT(error(emulated::widen(got.k), tail(want.grad_k, p.kv_heads, p.dim)), 2e-5);
-    EXPECT_LT(error(emulated::widen(got.v), tail(want.grad_v, p.kv_heads, p.dim_v)), 2e-5);
-    EXPECT_LT(error(emulated::widen(got.log_decay), tail(want.grad_log_decay, p.kv_heads, 1)),
-              5e-5);
+    EXPECT_LT(error(emulated::widen(got.q), behind(p, want.grad_q, p.heads, p.dim, cut)), 2e-5);
+    EXPECT_LT(error(emulated::widen(got.k), behind(p, want.grad_k, p.kv_heads, p.dim, cut)), 2e-5);
+    EXPECT_LT(error(emulated::widen(got.v), behind(p, want.grad_v, p.kv_heads, p.dim_v, cut)),
+              2e-5);
+    EXPECT_LT(
+        error(emulated::widen(got.log_decay), behind(p, want.grad_log_decay, p.kv_heads, 1, cut)),
+        5e-5);
   }
 }
 

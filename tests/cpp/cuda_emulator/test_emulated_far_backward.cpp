@@ -13,9 +13,11 @@
 namespace {
 
 using dijiang::FeatureKind;
+using emulated::behind;
 using emulated::Call;
 using emulated::Device;
 using emulated::error;
+using emulated::joined;
 using emulated::kFew;
 using emulated::kMany;
 using emulated::ran;
@@ -166,28 +168,20 @@ TEST(EmulatedFarBackward, ThroughTheState) {
       const Gradients early =
           call.backward(0, cut, &start, &middle, late.initial_kv, late.initial_z);
       expect_fused(p);
-      const auto join = [&](const auto& a, const auto& b, int heads, int dim) {
-        std::vector<double> all;
-        const auto x = emulated::widen(a), y = emulated::widen(b);
-        for (int row = 0; row < p.batch * heads; ++row) {
-          const int n = cut * dim, rest = (p.seqlen - cut) * dim;
-          all.insert(all.end(), x.begin() + row * n, x.begin() + (row + 1) * n);
-          all.insert(all.end(), y.begin() + row * rest, y.begin() + (row + 1) * rest);
-        }
-        return all;
-      };
       const auto sum = [](const std::vector<float>& a, const std::vector<float>& b) {
         std::vector<double> all;
         for (size_t i = 0; i < a.size(); ++i) all.push_back(double(a[i]) + b[i]);
         return all;
       };
-      EXPECT_LT(error(join(early.q, late.q, p.heads, p.dim), want.grad_q), kTolerance);
-      EXPECT_LT(error(join(early.k, late.k, p.kv_heads, p.dim), want.grad_k), kTolerance);
-      EXPECT_LT(error(join(early.v, late.v, p.kv_heads, p.dim_v), want.grad_v), kTolerance);
+      EXPECT_LT(error(joined(p, early.q, late.q, p.heads, p.dim, cut), want.grad_q), kTolerance);
+      EXPECT_LT(error(joined(p, early.k, late.k, p.kv_heads, p.dim, cut), want.grad_k), kTolerance);
+      EXPECT_LT(error(joined(p, early.v, late.v, p.kv_heads, p.dim_v, cut), want.grad_v),
+                kTolerance);
       EXPECT_LT(error(sum(early.omega_k, late.omega_k), want.grad_omega_k), kTolerance);
       EXPECT_LT(error(sum(early.weight_q, late.weight_q), want.grad_weight_q), kTolerance);
       if (decay) {
-        EXPECT_LT(error(join(early.log_decay, late.log_decay, p.kv_heads, 1), want.grad_log_decay),
+        EXPECT_LT(error(joined(p, early.log_decay, late.log_decay, p.kv_heads, 1, cut),
+                        want.grad_log_decay),
                   kTolerance);
       }
     }
@@ -423,19 +417,15 @@ TEST(EmulatedFarBackward, AfterAGivenState) {
       ASSERT_EQ(call.forward_part(0, cut, before, state), cudaSuccess);
       const Gradients got = call.backward(cut, p.seqlen, &state, &after);
       expect_fused(p);
-      const auto tail = [&](const std::vector<double>& x, int heads, int dim) {
-        std::vector<double> y;
-        for (int row = 0; row < p.batch * heads; ++row) {
-          y.insert(y.end(), x.begin() + (int64_t{row} * p.seqlen + cut) * dim,
-                   x.begin() + int64_t{row + 1} * p.seqlen * dim);
-        }
-        return y;
-      };
-      EXPECT_LT(error(emulated::widen(got.q), tail(want.grad_q, p.heads, p.dim)), kTolerance);
-      EXPECT_LT(error(emulated::widen(got.k), tail(want.grad_k, p.kv_heads, p.dim)), kTolerance);
-      EXPECT_LT(error(emulated::widen(got.v), tail(want.grad_v, p.kv_heads, p.dim_v)), kTolerance);
-      EXPECT_LT(error(emulated::widen(got.log_decay), tail(want.grad_log_decay, p.kv_heads, 1)),
+      EXPECT_LT(error(emulated::widen(got.q), behind(p, want.grad_q, p.heads, p.dim, cut)),
                 kTolerance);
+      EXPECT_LT(error(emulated::widen(got.k), behind(p, want.grad_k, p.kv_heads, p.dim, cut)),
+                kTolerance);
+      EXPECT_LT(error(emulated::widen(got.v), behind(p, want.grad_v, p.kv_heads, p.dim_v, cut)),
+                kTolerance);
+      EXPECT_LT(
+          error(emulated::widen(got.log_decay), behind(p, want.grad_log_decay, p.kv_heads, 1, cut)),
+          kTolerance);
     }
   }
 }

@@ -6,29 +6,19 @@
 #include <functional>
 #include <string>
 
-#include "emulated_attention.h"
+#include "emulated_device.h"
 #include "emulated_kernels.h"
 
 namespace {
 
 using dijiang::FeatureKind;
 using emulated::Call;
+using emulated::Device;
 using emulated::error;
 using emulated::forget_kernels;
 using emulated::ran;
 using emulated::State;
 using oracle::Problem;
-
-// Of the device played: how many multiprocessors (many: walks are cut), and shared memory.
-struct Device {
-  explicit Device(int multiprocessors, int shared_bytes = 227 * 1024)
-      : before(cuda_emulator::device()) {
-    cuda_emulator::device() = {multiprocessors, shared_bytes};
-    forget_kernels();
-  }
-  ~Device() { cuda_emulator::device() = before; }
-  cuda_emulator::Device before;
-};
 
 void expect_fused() {
   EXPECT_TRUE(ran("attend_mixed") && ran("fold_states"));
@@ -306,20 +296,7 @@ TEST(EmulatedMixed, GivenTable) {
   Problem p = problem(200, 16, 3, 20);
   fill<__half>(p, 1);
   Call<__half> chooses(p, 1), given(p, 1);
-  const auto run = [](const dijiang::LinearAttentionParams& a) {
-    std::vector<char> workspace(dijiang::cuda::linear_attention_forward_workspace(a) + 256);
-    std::fill(workspace.begin(), workspace.end(), char(0xFF));
-    auto* base = workspace.data();
-    base += 256 - reinterpret_cast<uintptr_t>(base) % 256;
-    return dijiang::cuda::linear_attention_forward(a, base, nullptr);
-  };
-  dijiang::LinearAttentionParams a = chooses.params(), b = given.params();
-  std::vector<int32_t> table(p.kv_heads * a.cache_rows() * p.cache().most, -9);
-  a.chosen = table.data();
-  ASSERT_EQ(run(a), cudaSuccess);
-  b.given = table.data();
-  forget_kernels();
-  ASSERT_EQ(run(b), cudaSuccess);
+  emulated::choose_and_give(chooses, given);
   expect_fused();
   EXPECT_FALSE(ran("choose_hard_keys"));
   for (size_t i = 0; i < chooses.out.size(); ++i) {

@@ -176,20 +176,7 @@ TEST(EmulatedNear, GivenTable) {
   Problem p = hard_key_problems()[0];
   p.fill(1, emulated::round_to<__half>);
   Call<__half> chooses(p, 1), given(p, 1);
-  const auto run = [](const dijiang::LinearAttentionParams& a) {
-    std::vector<char> workspace(dijiang::cuda::linear_attention_forward_workspace(a) + 256);
-    std::fill(workspace.begin(), workspace.end(), char(0xFF));
-    auto* base = workspace.data();
-    base += 256 - reinterpret_cast<uintptr_t>(base) % 256;
-    return dijiang::cuda::linear_attention_forward(a, base, nullptr);
-  };
-  dijiang::LinearAttentionParams a = chooses.params(), b = given.params();
-  std::vector<int32_t> table(p.kv_heads * a.cache_rows() * p.cache().most, -9);
-  a.chosen = table.data();
-  ASSERT_EQ(run(a), cudaSuccess);
-  b.given = table.data();
-  forget_kernels();
-  ASSERT_EQ(run(b), cudaSuccess);
+  emulated::choose_and_give(chooses, given);
   expect_fused();
   EXPECT_FALSE(ran("choose_hard_keys"));
   for (size_t i = 0; i < chooses.out.size(); ++i) {
