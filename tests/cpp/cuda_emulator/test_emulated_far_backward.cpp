@@ -188,6 +188,66 @@ TEST(EmulatedFarBackward, ThroughTheState) {
   }
 }
 
+std::vector<double> all_gradients(const Gradients& g) {
+  std::vector<double> all = emulated::widen(g.q);
+  for (const auto& x : {emulated::widen(g.k), emulated::widen(g.v), emulated::widen(g.omega_q),
+                        emulated::widen(g.omega_k), emulated::widen(g.weight_q),
+                        emulated::widen(g.beta_k), emulated::widen(g.log_decay),
+                        emulated::widen(g.initial_kv), emulated::widen(g.initial_z)}) {
+    all.insert(all.end(), x.begin(), x.end());
+  }
+  return all;
+}
+
+// Sequences that are walked over in parts, from a given state and with gradients of the last one:
+// the same as in one piece.
+TEST(EmulatedFarBackward, Parts) {
+  Problem ragged = mixed(330, 5, 0, 2);
+  ragged.segments = {{0, 0, 1}, {0, 1, 31}, {0, 40, 330}, {1, 3, 200}};
+  Problem alone = problem(1650);
+  alone.batch = 1;
+  for (Problem p : {alone, mixed(330, 8, 3, 6), ragged}) {
+    for (const bool decay : {false, true}) {
+      p.decay = decay;
+      SCOPED_TRACE(name(p));
+      p.fill(11, emulated::round_to<T>);
+      const bool resumes = p.segments.empty();
+      const int cut = resumes ? 50 : 0;
+      Call<T> call(p, 1);
+      State start(p), middle(p), end(p);
+      if (resumes) {
+        ASSERT_EQ(call.forward_part(0, cut, start, middle), cudaSuccess);
+      }
+      std::mt19937 generator(1);
+      std::normal_distribution<float> normal;
+      std::vector<float> grad_kv(end.kv.size()), grad_z(end.z.size());
+      for (float& x : grad_kv) x = normal(generator);
+      for (float& x : grad_z) x = normal(generator);
+      const auto run = [&](int multiprocessors) {
+        const Device device(multiprocessors);
+        const Gradients got = resumes ? call.backward(cut, p.seqlen, &middle, &end, grad_kv, grad_z)
+                                      : call.backward(0, p.seqlen);
+        expect_fused(p);
+        EXPECT_EQ(ran("reverse_parts") && ran("fold_parts"), multiprocessors == kMany);
+        return got;
+      };
+      const Gradients whole = run(kFew), cut_up = run(kMany);
+      const auto same = [&](const auto& x, const auto& y) {
+        return error(emulated::widen(x), emulated::widen(y)) < 4e-3;
+      };
+      EXPECT_TRUE(same(cut_up.q, whole.q));
+      EXPECT_TRUE(same(cut_up.k, whole.k));
+      EXPECT_TRUE(same(cut_up.v, whole.v));
+      EXPECT_TRUE(same(cut_up.omega_q, whole.omega_q));
+      EXPECT_TRUE(same(cut_up.omega_k, whole.omega_k));
+      EXPECT_TRUE(same(cut_up.weight_k, whole.weight_k));
+      EXPECT_TRUE(same(cut_up.log_decay, whole.log_decay));
+      EXPECT_TRUE(same(cut_up.initial_kv, whole.initial_kv));
+      EXPECT_TRUE(same(cut_up.initial_z, whole.initial_z));
+    }
+  }
+}
+
 // Rows whose features overflow beside the chunk's later keys; what the exponents' own bits lose.
 TEST(EmulatedFarBackward, UnsafeRows) {
   for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kElu}) {
@@ -294,14 +354,7 @@ TEST(EmulatedFarBackward, ExtremesStayFinite) {
 std::vector<double> all_gradients(const Problem& p) {
   const Device device(kMany);
   Call<T> call(p, 1);
-  const Gradients g = call.backward(0, p.seqlen);
-  std::vector<double> all = emulated::widen(g.q);
-  for (const auto& x : {emulated::widen(g.k), emulated::widen(g.v), emulated::widen(g.omega_q),
-                        emulated::widen(g.omega_k), emulated::widen(g.weight_q),
-                        emulated::widen(g.beta_k), emulated::widen(g.log_decay)}) {
-    all.insert(all.end(), x.begin(), x.end());
-  }
-  return all;
+  return all_gradients(call.backward(0, p.seqlen));
 }
 
 TEST(EmulatedFarBackward, OrderOfThreadsChangesNothing) {
@@ -441,10 +494,13 @@ TEST(EmulatedFarBackward, MildDecayForEver) {
   std::fill_n(p.omega_q.begin(), p.dim, 0.0);
   p.omega_q[0] = 40.0;
   for (int t = 0; t < p.seqlen; ++t) p.q[t * p.dim] = t < p.seqlen - 4 ? -9.0 : 9.0;
-  const Device device(kFew);
-  Call<T> call(p, 1);
-  // What exponents of 180 lose in their own bits.
-  compare(p, call.backward(0, p.seqlen), oracle::run(p, true), 2 * kTolerance);
+  const oracle::Result want = oracle::run(p, true);
+  for (const int multiprocessors : {kFew, kMany}) {
+    const Device device(multiprocessors);
+    Call<T> call(p, 1);
+    // What exponents of 180 lose in their own bits.
+    compare(p, call.backward(0, p.seqlen), want, 2 * kTolerance);
+  }
 }
 
 TEST(EmulatedFarBackward, OrderOfThreadsChangesNothingBesideNearKeys) {
