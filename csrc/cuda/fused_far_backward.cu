@@ -53,11 +53,17 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
     reverse_states(const __grid_constant__ FarBackward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
   const FoldPart part(b.a, b.work.parts.count);
-  if (part.first >= part.end) return;
+  const bool has_chunks = part.first < part.end;
+  if (!has_chunks && part.index > 0) return;
   const int head = blockIdx.y;
   const int64_t cell = part.seq * b.a.params.num_kv_heads + head;
   ReverseWalk<Part, true> walk(b, raw, head);
   walk.read_final(cell);
+  if (!has_chunks) {  // the gradient goes through a sequence without tokens
+    __syncthreads();
+    walk.write_initial(cell);
+    return;
+  }
   for (int later = part.last(b.a); later > part.index; --later) {
     walk.add_part(b.work.parts, part_cell(b, part.seq, later, head));
   }
@@ -141,7 +147,8 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
     rows.times[half] = 1.0f;
   }
   const int mine = rows.row0 + rows.lane % 16;
-  const auto* from = static_cast<const T*>(p.k.data);  // of a row that counts nothing: any
+  // Of a row that counts nothing: any.
+  const auto* from = static_cast<const T*>(rows.lane < 16 ? p.k.data : p.v.data);
   if (has_gradient(mine)) {
     const int64_t token = token_of(t.chunk, folded.pos(t.key0 + mine));
     from = view_row<T>(rows.lane < 16 ? p.k : p.v, t.chunk.batch, t.kv_head, token).data;
@@ -259,10 +266,12 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
     w.slopes[side] = arena.take<__nv_bfloat16>(parameters ? rows * m : 0);
     w.weights[side] = arena.take<float>(grad.log_weight ? tiles * heads[side] * kWalkWarps * m : 0);
     const int64_t wanted = kParameterBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
+    const int64_t all = tiles > 0 ? tiles : 1;  // no sequence: none
     int64_t splits = ceil_div(wanted, heads[side] * (m / 64));
-    if (splits > tiles) splits = tiles;
-    plan.split_tiles[side] = static_cast<int>(ceil_div(tiles, splits));
-    plan.splits[side] = static_cast<int>(ceil_div(tiles, plan.split_tiles[side]));
+    if (splits > all) splits = all;
+    if (splits < 1) splits = 1;
+    plan.split_tiles[side] = static_cast<int>(ceil_div(all, splits));
+    plan.splits[side] = static_cast<int>(ceil_div(all, plan.split_tiles[side]));
     plan.parameters[side] =
         arena.take<float>(parameters ? plan.splits[side] * heads[side] * m * (p.headdim + 1) : 0);
   }
@@ -318,8 +327,6 @@ void clear_buffers(const Plan& plan, cudaStream_t stream) {
   const int64_t warps = b.a.max_chunks * b.a.row_tiles * kWalkWarps;
   zero(b.work.weights[0], warps * p.num_heads * m, stream);
   zero(b.work.weights[1], warps * p.num_kv_heads * m, stream);
-  zero(plan.near.work.near_k, rows * p.headdim, stream);
-  zero(plan.near.work.grad_v, rows * p.headdim_v, stream);
 }
 
 template <class Part>

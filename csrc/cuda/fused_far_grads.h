@@ -40,11 +40,11 @@ struct FarShared {
   static constexpr int numbers = levels + kTileRows * static_cast<int>(sizeof(double));
   static constexpr int maxima = numbers + kTileRows * static_cast<int>(sizeof(FarRow));  // of warps
   static constexpr int top = maxima + kWalkWarps * kFloats;                              // M'
-  // 2^(M - M'), z 2^(M - M'), 2^(N + M'), rho 2^(N + M')
+  // 2^(M - M'), z 2^(M - M'); N, rho
   static constexpr int factor = top + kFloats;
   static constexpr int z = factor + kFloats;
-  static constexpr int reverse_factor = z + kFloats;
-  static constexpr int rho = reverse_factor + kFloats;
+  static constexpr int reverse_scale = z + kFloats;
+  static constexpr int rho = reverse_scale + kFloats;
   static constexpr int kBytes = rho + kFloats;
 };
 
@@ -177,12 +177,11 @@ struct FarGrads : FarRows<Shape> {
       }
       const float top = fmaxf(a.work.scale[place], ceilf(most));
       const float factor = scale2(1.0f, a.work.scale[place] - top);
-      const float reverse_factor = scale2(1.0f, work.reverse_scale[place] + top);
       at<float>(Shared::top)[i] = top;
       at<float>(Shared::factor)[i] = factor;
       at<float>(Shared::z)[i] = a.work.z[place] * factor;
-      at<float>(Shared::reverse_factor)[i] = reverse_factor;
-      at<float>(Shared::rho)[i] = work.reverse_z[place] * reverse_factor;
+      at<float>(Shared::reverse_scale)[i] = work.reverse_scale[place];
+      at<float>(Shared::rho)[i] = work.reverse_z[place];
     }
     __syncwarp();
     const float* top = at<float>(Shared::top);
@@ -354,35 +353,49 @@ struct FarGrads : FarRows<Shape> {
     }
   }
 
-  // Adds what later chunks give, and writes the gradients of values.
-  __device__ __forceinline__ void finish_values() {
-    float left[2];
-    DIJIANG_UNROLL()
-    for (int half = 0; half < 2; ++half) left[half] = decay(row(half), kTileRows - 1);
-    const float* factor = at<float>(Shared::reverse_factor);
-    unsigned phi[kM / 16][4];
-    DIJIANG_UNROLL()
-    for (int i = 0; i < kM; i += 16) {
-      load_left<kM>(phi[i / 16], at<T>(Shared::key_features), row0, i);
+  // The keys' features as later chunks see them, 2^(a + N), decayed up to the chunk's end: at most
+  // 1, where those relative to M' may be nothing beside a 2^(N + M') beyond all bounds, because
+  // decay took what was large.
+  __device__ __forceinline__ void make_late_features(unsigned (&phi)[kM / 8][2]) {
+    constexpr int kMost = 126;  // few, unless weights are not over den
+    const float* scale = at<float>(Shared::reverse_scale);
+    float u[kM / 8][4], late[2] = {0.0f, 0.0f};
+    key_exponents(u);
+    if (a.has_decay) {
+      const double* levels = at<double>(Shared::levels);
       DIJIANG_UNROLL()
-      for (int r = 0; r < 4; ++r) {
-        const int column = i + r / 2 * 8 + 2 * (lane % 4);
-        const Pair<T> x = unpack<T>(phi[i / 16][r]);
-        phi[i / 16][r] = pack<T>(x.first * factor[column], x.second * factor[column + 1]);
+      for (int half = 0; half < 2; ++half) {
+        late[half] = static_cast<float>(levels[kTileRows - 1] - levels[row(half)]);
       }
     }
     DIJIANG_UNROLL()
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        float x[2];
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 2; ++e) {
+          const float y = exp2_below<kMost>(u[t][2 * half + e] + late[half], scale[column + e]);
+          x[e] = row(half) >= count || scale[column + e] < kNone ? 0.0f : y;
+        }
+        phi[t][half] = pack<T>(x[0], x[1]);
+      }
+    }
+  }
+
+  // Adds what later chunks give, and writes the gradients of values.
+  __device__ __forceinline__ void finish_values(const unsigned (&phi)[kM / 8][2]) {
+    DIJIANG_UNROLL()
     for (int n = 0; n < kV; n += 16) {
-      float x[2][4];
-      clear(x);
       DIJIANG_UNROLL()
       for (int i = 0; i < kM; i += 16) {
+        const unsigned left[4] = {phi[i / 8][0], phi[i / 8][1], phi[i / 8 + 1][0],
+                                  phi[i / 8 + 1][1]};
         unsigned r[4];
         load_right<kM>(r, at<T>(Shared::reverse), n, i);
-        multiply_add_16<T>(x[0], x[1], phi[i / 16], r);
+        multiply_add_16<T>(dv[n / 8], dv[n / 8 + 1], left, r);
       }
-      DIJIANG_UNROLL()
-      for (int e = 0; e < 8; ++e) dv[n / 8 + e / 4][e % 4] += x[e / 4][e % 4] * left[e % 4 / 2];
     }
     const FarSide keys = side(1, kv_head);
     DIJIANG_UNROLL()
@@ -395,7 +408,7 @@ struct FarGrads : FarRows<Shape> {
   }
 
   // Likewise for the features of keys, with their own.
-  __device__ __forceinline__ void finish_keys() {
+  __device__ __forceinline__ void finish_keys(const unsigned (&phi)[kM / 8][2]) {
     float x[kM / 8][4];
     clear(x);
     DIJIANG_UNROLL()
@@ -409,21 +422,18 @@ struct FarGrads : FarRows<Shape> {
         multiply_add_16<T>(x[i / 8], x[i / 8 + 1], v, r);
       }
     }
+    times_features(da, Shared::key_features);
+    const float* rho = at<float>(Shared::rho);
     DIJIANG_UNROLL()
-    for (int half = 0; half < 2; ++half) {
-      const float left = decay(row(half), kTileRows - 1);
+    for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
-      for (int t = 0; t < kM / 8; ++t) {
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * t + 2 * (lane % 4) + e;
-          da[t][2 * half + e] += (x[t][2 * half + e] * at<float>(Shared::reverse_factor)[column] -
-                                  at<float>(Shared::rho)[column]) *
-                                 left;
-        }
+      for (int half = 0; half < 2; ++half) {
+        const Pair<T> late = unpack<T>(phi[t][half]);
+        da[t][2 * half] += late.first * (x[t][2 * half] - rho[column]);
+        da[t][2 * half + 1] += late.second * (x[t][2 * half + 1] - rho[column + 1]);
       }
     }
-    times_features(da, Shared::key_features);
   }
   __device__ __forceinline__ void times_features(float (&x)[kM / 8][4], int tile) const {
     DIJIANG_UNROLL()
@@ -436,8 +446,6 @@ struct FarGrads : FarRows<Shape> {
       }
     }
   }
-
-  // --- inputs ------------------------------------------------------------------------------------
 
   // --- the chunk ---------------------------------------------------------------------------------
 
@@ -471,8 +479,12 @@ struct FarGrads : FarRows<Shape> {
       __syncthreads();
       load_head(head + 1);
     }
-    finish_values();
-    finish_keys();
+    {
+      unsigned phi[kM / 8][2];
+      make_late_features(phi);
+      finish_values(phi);
+      finish_keys(phi);
+    }
     float u[kM / 8][4];
     if (params().kind != FeatureKind::kExp) key_exponents(u);
     this->finish_side(side(1, kv_head), at<T>(Shared::keys), map_at(Shared::key_map), da, u);

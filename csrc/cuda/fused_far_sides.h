@@ -125,8 +125,10 @@ struct FarSides : FarRows<Shape> {
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
         const Pair<T> x = unpack<T>(phi[t][half]);
-        g[t][2 * half] = x.first * (g[t][2 * half] - delta[half] * z[column]);
-        g[t][2 * half + 1] = x.second * (g[t][2 * half + 1] - delta[half] * z[column + 1]);
+        const bool counts = times[half] != 0.0f;  // else the row may hold anything
+        g[t][2 * half] = counts ? x.first * (g[t][2 * half] - delta[half] * z[column]) : 0.0f;
+        g[t][2 * half + 1] =
+            counts ? x.second * (g[t][2 * half + 1] - delta[half] * z[column + 1]) : 0.0f;
       }
     }
   }

@@ -57,6 +57,14 @@ inline float half_of(unsigned bits, int which, __half) {
   return __half2float(__half{uint16_t(bits >> 16 * which)});
 }
 
+inline void arrive(const Copy& c) {
+  if (c.inside) {
+    std::memcpy(c.to, c.from, 16);
+  } else {
+    std::memset(c.to, 0, 16);
+  }
+}
+
 }  // namespace cuda_emulator
 
 namespace dijiang::cuda {
@@ -67,16 +75,15 @@ inline void copy_async(void* to, const void* from, bool inside) {
     std::fprintf(stderr, "cuda emulator: an asynchronous copy is not 16-byte aligned\n");
     std::abort();
   }
-  cuda_emulator::copies().pending.push_back({to, from, inside});
+  const cuda_emulator::Copy copy{to, from, inside};
+  if (cuda_emulator::copies_arrive_at_once()) {
+    cuda_emulator::arrive(copy);
+  } else {
+    cuda_emulator::copies().pending.push_back(copy);
+  }
 }
 inline void wait_copies() {
-  for (const cuda_emulator::Copy& c : cuda_emulator::copies().pending) {
-    if (c.inside) {
-      std::memcpy(c.to, c.from, 16);
-    } else {
-      std::memset(c.to, 0, 16);
-    }
-  }
+  for (const cuda_emulator::Copy& c : cuda_emulator::copies().pending) cuda_emulator::arrive(c);
   cuda_emulator::copies().pending.clear();
 }
 

@@ -84,6 +84,11 @@ inline void set_schedule(Schedule schedule, unsigned seed = 1) {
   settings().schedule = schedule;
   settings().seed = seed;
 }
+// Asynchronous copies arrive as late as they may, under these schedules as early.
+inline bool copies_arrive_at_once() {
+  const Schedule schedule = settings().schedule;
+  return schedule == Schedule::kDescending || schedule == Schedule::kLastWarpFirst;
+}
 
 // What the lanes of a warp exchange. Two buffers: a lane may be writing to the next exchange
 // while a slower one still reads the last.

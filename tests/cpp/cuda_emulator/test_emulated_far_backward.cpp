@@ -248,6 +248,52 @@ TEST(EmulatedFarBackward, Parts) {
   }
 }
 
+// What a sequence without tokens is given goes through it.
+TEST(EmulatedFarBackward, EmptySequence) {
+  for (const int multiprocessors : {kFew, kMany}) {
+    Problem p = problem(100);
+    p.batch = 1;
+    p.segments = {{0, 0, 60}, {0, 60, 60}, {0, 60, 100}};
+    p.fill(1, emulated::round_to<T>);
+    const Device device(multiprocessors);
+    Call<T> call(p, 1);
+    State from(p), to(p);
+    std::fill(from.kv.begin(), from.kv.end(), 0.5f);
+    std::fill(from.z.begin(), from.z.end(), 1.5f);
+    std::fill(from.log_scale.begin(), from.log_scale.end(), 3.0f);
+    const std::vector<float> grad_kv(from.kv.size(), 2.0f), grad_z(from.z.size(), -1.0f);
+    const Gradients got = call.backward(0, p.seqlen, &from, &to, grad_kv, grad_z);
+    expect_fused(p);
+    const size_t kv = from.kv.size() / 3, z = from.z.size() / 3;
+    for (size_t i = 0; i < from.kv.size(); ++i) {
+      ASSERT_TRUE(std::isfinite(got.initial_kv[i]));
+      if (i / kv == 1) {
+        ASSERT_EQ(got.initial_kv[i], 2.0f);
+      }
+    }
+    for (size_t i = z; i < 2 * z; ++i) ASSERT_EQ(got.initial_z[i], -1.0f);
+  }
+}
+
+TEST(EmulatedFarBackward, NoSequences) {
+  for (const int window : {0, 64}) {
+    Problem p = mixed(30, window, 0);
+    p.fill(1, emulated::round_to<T>);
+    const Device device(kFew);
+    Call<T> call(p, 1);
+    const int32_t none[3] = {0, 0, 0};
+    dijiang::LinearAttentionBackwardParams b;
+    b.forward = call.params();
+    b.forward.segments = none;
+    b.forward.num_seqs = 0;
+    b.grad_out = call.grad_out.view;
+    ASSERT_TRUE(dijiang::cuda::fused_far_backward_applies(b));
+    std::vector<char> workspace(dijiang::cuda::linear_attention_backward_workspace(b) + 256);
+    b.workspace = workspace.data() + 256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256;
+    EXPECT_EQ(dijiang::cuda::linear_attention_backward(b, nullptr), cudaSuccess);
+  }
+}
+
 // Rows whose features overflow beside the chunk's later keys; what the exponents' own bits lose.
 TEST(EmulatedFarBackward, UnsafeRows) {
   for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kElu}) {
@@ -325,6 +371,28 @@ TEST(EmulatedFarBackward, StrongDecay) {
     const Device device(multiprocessors);
     Call<T> call(p, 1);
     compare(p, call.backward(0, p.seqlen), oracle::run(p, true));
+  }
+}
+
+// Decay that takes all, within chunks, of exponents far apart: what the chunk's M' says of keys
+// before a reset is beyond all that is behind it.
+TEST(EmulatedFarBackward, Resets) {
+  for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax}) {
+    Problem p = problem(260);
+    p.batch = 1;
+    p.kind = kind;
+    p.decay = true;
+    p.size = 30.0;
+    p.beta = false;
+    p.fill(11, emulated::round_to<T>);
+    for (int t = 9; t < p.seqlen; t += 23) p.log_decay[t] = -1e9;
+    const oracle::Result want = oracle::run(p, true);
+    const Device device(kFew);
+    Call<T> call(p, 1);
+    const Gradients got = call.backward(0, p.seqlen);
+    expect_fused(p);
+    EXPECT_LT(error(emulated::widen(got.k), want.grad_k), kTolerance);
+    EXPECT_LT(error(emulated::widen(got.v), want.grad_v), kTolerance);
   }
 }
 
@@ -428,6 +496,10 @@ TEST(EmulatedFarBackward, GroupsPackedAndPaddedBesideNearKeys) {
       check(p);
     }
   }
+  // Token 0 is padding, which keys without a gradient must not meet.
+  Problem padded = mixed(300, 64, 3);
+  padded.segments = {{0, 5, 300}, {1, 0, 300}};
+  check(padded);
   Problem own = mixed(200, 16, 2);  // heads apart, one without slots
   own.heads = 4;
   own.kv_heads = 2;
