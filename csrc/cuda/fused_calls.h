@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/fused_layout.h"
 #include "dijiang/core/linear_attention.h"
 
 namespace dijiang::cuda {
@@ -50,5 +51,35 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 // Asynchronous copies and products of 16-bit fragments.
 inline bool device_is_sm80() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
+
+// Calls take(FusedShape) for the sizes of p; false where there are no kernels for them.
+template <class T, int kDim, class Take>
+bool with_fused_features(const LinearAttentionParams& p, const Take& take) {
+  if (p.num_features == 64) {
+    take(FusedShape<T, kDim, 64>{});
+    return true;
+  }
+  // Two parts of 128 features do not fit into registers.
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (p.num_features == 128) {
+      take(FusedShape<T, kDim, 128>{});
+      return true;
+    }
+  }
+  return false;
+}
+template <class T, class Take>
+bool with_fused_dim(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim == 64) return with_fused_features<T, 64>(p, take);
+  if (p.headdim == 128) return with_fused_features<T, 128>(p, take);
+  return false;
+}
+template <class Take>
+bool with_fused_shape(const LinearAttentionParams& p, const Take& take) {
+  if (p.headdim_v <= 0 || p.headdim_v % kFoldColumns != 0) return false;
+  if (p.dtype == DType::kBFloat16) return with_fused_dim<__nv_bfloat16>(p, take);
+  if (p.dtype == DType::kFloat16) return with_fused_dim<__half>(p, take);
+  return false;
+}
 
 }  // namespace dijiang::cuda

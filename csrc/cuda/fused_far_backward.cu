@@ -306,13 +306,6 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
 
 // --- launching -----------------------------------------------------------------------------------
 
-unsigned grid_size(int64_t x) { return static_cast<unsigned>(x); }
-
-template <class X>
-void zero(X* buffer, int64_t count, cudaStream_t stream) {
-  if (buffer && count > 0) cudaMemsetAsync(buffer, 0, count * sizeof(X), stream);
-}
-
 // What not all rows write: padding, tiles without rows, keys that are not folded.
 void clear_buffers(const Plan& plan, cudaStream_t stream) {
   const FarBackward& b = plan.far;

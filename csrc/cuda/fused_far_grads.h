@@ -171,10 +171,7 @@ struct FarGrads : FarRows<Shape> {
     // Every warp for itself: they all write the same numbers.
     for (int i = lane; i < kM; i += 32) {
       const int64_t place = cell * kM + i;
-      float most = kEmpty;
-      for (int w = 0; w < kWalkWarps; ++w) {
-        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
-      }
+      const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
       const float top = fmaxf(a.work.scale[place], ceilf(most));
       const float factor = scale2(1.0f, a.work.scale[place] - top);
       at<float>(Shared::top)[i] = top;

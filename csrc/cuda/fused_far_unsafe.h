@@ -3,6 +3,7 @@
 // that ask for it everywhere are slow.
 #pragma once
 
+#include "cuda/backward_parameters.h"
 #include "cuda/fused_far_grads.h"
 
 namespace dijiang::cuda {
@@ -61,9 +62,9 @@ struct UnsafeRows {
   __device__ const float* omega(const Side& side) const {
     return static_cast<const float*>(side.feature.omega) + side.head * kM * kD;
   }
-  __device__ float weight(const Side& side, int i) const {
+  __device__ float log_weight(const Side& side, int i) const {
     const auto* weights = static_cast<const float*>(side.feature.log_weight);
-    return weights ? weights[side.head * kM + i] * kLog2e : 0.0f;
+    return weights ? weights[side.head * kM + i] : 0.0f;
   }
   __device__ float beta(const Side& side) const {
     const auto* betas = static_cast<const float*>(side.feature.beta);
@@ -99,24 +100,20 @@ struct UnsafeRows {
     }
     for (int n = 0; n < kOwn; ++n) {
       if (kind == FeatureKind::kElu && u[n] > 0.0f) u[n] = log1pf(u[n] * kLn2) * kLog2e;
-      to[lane + 32 * n] = u[n] - less + weight(side, lane + 32 * n);
+      to[lane + 32 * n] = u[n] - less + log_weight(side, lane + 32 * n) * kLog2e;
     }
   }
 
   // Adds to a row's results what the gradient g of its exponents u means, by a warp.
   __device__ void finish_row(const Side& side, int row, const float* u, const float* g) const {
     const LinearAttentionParams& p = a.params;
-    const FeatureKind kind = p.kind;
     const int64_t place = row_index(p, side.heads, c.batch, side.head, c.query_token + row);
     float* du = shared + Shared::slopes + warp * kM;
     float total = 0.0f;
     for (int n = 0; n < kOwn; ++n) total += g[lane + 32 * n];
     total = warp_sum(total);
     for (int i = lane; i < kM; i += 32) {
-      const float log_phi = u[i] - weight(side, i);
-      du[i] = kind == FeatureKind::kSoftmax ? g[i] - exp2f(log_phi) * total
-              : kind == FeatureKind::kElu   ? g[i] * exp2f(-fmaxf(log_phi, 0.0f))
-                                            : g[i];
+      du[i] = linear_slope(p.kind, g[i], u[i], log_weight(side, i), total);
       if (b.work.slopes[side.number]) {
         add_to(b.work.slopes[side.number] + place * kM + i, du[i]);
       }

@@ -60,41 +60,6 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walk_rows(FusedAttention f) {
 
 // --- what applies --------------------------------------------------------------------------------
 
-// Calls take(FusedShape) for the sizes of p; false where there is no kernel for them.
-template <class T, class Take>
-bool with_shape(const LinearAttentionParams& p, const Take& take) {
-  const auto is = [&](int64_t dim, int64_t features) {
-    return p.headdim == dim && p.num_features == features && p.headdim_v > 0 &&
-           p.headdim_v % FusedShape<T, 64, 64>::kValueDim == 0;
-  };
-  if (is(64, 64)) {
-    take(FusedShape<T, 64, 64>{});
-    return true;
-  }
-  if (is(128, 64)) {
-    take(FusedShape<T, 128, 64>{});
-    return true;
-  }
-  // Two parts of 128 features do not fit into registers.
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (is(64, 128)) {
-      take(FusedShape<T, 64, 128>{});
-      return true;
-    }
-    if (is(128, 128)) {
-      take(FusedShape<T, 128, 128>{});
-      return true;
-    }
-  }
-  return false;
-}
-template <class Take>
-bool with_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype == DType::kBFloat16) return with_shape<__nv_bfloat16>(p, take);
-  if (p.dtype == DType::kFloat16) return with_shape<__half>(p, take);
-  return false;
-}
-
 // Query heads of one kv head for a block: as many as leave room for a second block on the
 // multiprocessor, as key features are computed once a block. 0: shared memory does not even take
 // one.
@@ -103,7 +68,7 @@ int heads_of_block(const LinearAttentionParams& p) {
   const int half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;
   const auto group = static_cast<int>(p.num_heads / p.num_kv_heads);
   int heads = 0;
-  with_shape(p, [&](auto shape) {
+  with_fused_shape(p, [&](auto shape) {
     using Shared = FusedShared<decltype(shape), true>;
     if (Shared::bytes(1) <= block) heads = 1;
     for (int n = 2; n <= group; ++n) {
@@ -130,7 +95,7 @@ FusedAttention plan_fused(const LinearAttentionParams& p, Arena& arena) {
   f.block_heads = heads_of_block(p);
 
   int64_t columns = 0;
-  with_shape(p, [&](auto shape) { columns = p.headdim_v / shape.kValueDim; });
+  with_fused_shape(p, [&](auto shape) { columns = p.headdim_v / shape.kValueDim; });
   const int64_t blocks = p.num_heads / f.block_heads * columns;
   const int64_t wanted =
       kBlocksPerMultiprocessor * device_attribute(cudaDevAttrMultiProcessorCount);
@@ -190,7 +155,7 @@ bool fused_forward_applies(const LinearAttentionParams& p) {
   if (p.num_heads > 65535 || p.batch * p.seqlen == 0) return false;
   if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
   if (!begins_at_pieces(p.out)) return false;
-  if (!with_shape(p, [](auto) {})) return false;
+  if (!with_fused_shape(p, [](auto) {})) return false;
   return device_is_sm80() && heads_of_block(p) > 0;
 }
 
@@ -205,7 +170,7 @@ cudaError_t fused_forward(const LinearAttentionParams& params, void* workspace,
   Arena arena(workspace);
   const FusedAttention f = plan_fused(params, arena);
   if (f.attention.params.num_seqs == 0) return cudaSuccess;
-  with_shape(params, [&](auto shape) { launch<decltype(shape)>(f, stream); });
+  with_fused_shape(params, [&](auto shape) { launch<decltype(shape)>(f, stream); });
   return cudaGetLastError();
 }
 

@@ -15,13 +15,15 @@ struct FusedAttention {
   bool split;       // the states before the parts lie in the workspace
 };
 
+constexpr int kFoldColumns = 64;  // of v, a block of a walk
+
 // kValueDim: columns of v that a block takes; with more of them the block's work is done again for
 // the next ones.
 template <class T_, int kHeadDim_, int kFeatures_>
 struct FusedShape {
   using T = T_;
   using Map = FeatureMap<T, kHeadDim_, kFeatures_>;
-  static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kValueDim = 64;
+  static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kValueDim = kFoldColumns;
   static constexpr int kParts = std::is_same_v<T, __half> ? 2 : 1;
 };
 

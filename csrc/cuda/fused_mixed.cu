@@ -23,36 +23,17 @@ __global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks) attend_mixed(Att
 // --- what applies --------------------------------------------------------------------------------
 
 // Calls take(MixedShape) for the sizes of p; false where there is no kernel for them.
-template <class T, int kDim, int kFeatures, class Take>
-void with_columns(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim_v % 128 == 0) {
-    take(MixedShape<T, kDim, 128, kFeatures>{});
-  } else {
-    take(MixedShape<T, kDim, 64, kFeatures>{});
-  }
-}
-template <class T, int kFeatures, class Take>
-bool with_dim(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim == 64) {
-    with_columns<T, 64, kFeatures>(p, take);
-  } else if (p.headdim == 128) {
-    with_columns<T, 128, kFeatures>(p, take);
-  } else {
-    return false;
-  }
-  return true;
-}
 template <class Take>
 bool with_mixed_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim_v <= 0 || p.headdim_v % 64 != 0) return false;
-  if (p.dtype == DType::kBFloat16) {
-    if (p.num_features == 64) return with_dim<__nv_bfloat16, 64>(p, take);
-    if (p.num_features == 128) return with_dim<__nv_bfloat16, 128>(p, take);
-  } else if (p.dtype == DType::kFloat16) {
-    // Two parts of 128 features do not fit into registers.
-    if (p.num_features == 64) return with_dim<__half, 64>(p, take);
-  }
-  return false;
+  return with_fused_shape(p, [&](auto shape) {
+    using Shape = decltype(shape);
+    using T = typename Shape::T;
+    if (p.headdim_v % 128 == 0) {
+      take(MixedShape<T, Shape::kHeadDim, 128, Shape::kFeatures>{});
+    } else {
+      take(MixedShape<T, Shape::kHeadDim, 64, Shape::kFeatures>{});
+    }
+  });
 }
 
 }  // namespace

@@ -80,10 +80,7 @@ struct StateWalk {
     float* top = at<float>(Shared::top);
     float* factor = at<float>(Shared::factor);
     for (int i = lane; i < kM; i += 32) {
-      float most = kEmpty;
-      for (int w = 0; w < kWalkWarps; ++w) {
-        most = fmaxf(most, at<float>(Shared::maxima)[w * kM + i]);
-      }
+      const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
       float before = at<float>(Shared::scale)[i], times = 1.0f;
       if (decayed) {
         float rest = at<float>(Shared::rest)[i];

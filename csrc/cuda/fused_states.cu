@@ -49,32 +49,6 @@ __global__ void __launch_bounds__(kWalkThreads, 2) fold_states(Attention a) {
 
 // --- what applies --------------------------------------------------------------------------------
 
-// Calls take(FusedShape) for the sizes of p; false where there is no kernel for them.
-template <class T, int kFeatures, class Take>
-bool with_fold_dim(const LinearAttentionParams& p, const Take& take) {
-  static_assert(FusedShape<T, 64, kFeatures>::kValueDim == kFoldColumns);
-  if (p.headdim == 64) {
-    take(FusedShape<T, 64, kFeatures>{});
-  } else if (p.headdim == 128) {
-    take(FusedShape<T, 128, kFeatures>{});
-  } else {
-    return false;
-  }
-  return true;
-}
-template <class Take>
-bool with_fold_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim_v <= 0 || p.headdim_v % kFoldColumns != 0) return false;
-  if (p.dtype == DType::kBFloat16) {
-    if (p.num_features == 64) return with_fold_dim<__nv_bfloat16, 64>(p, take);
-    if (p.num_features == 128) return with_fold_dim<__nv_bfloat16, 128>(p, take);
-  } else if (p.dtype == DType::kFloat16) {
-    // Two parts of 128 features do not fit into registers.
-    if (p.num_features == 64) return with_fold_dim<__half, 64>(p, take);
-  }
-  return false;
-}
-
 bool updates_in_place(const LinearAttentionParams& p) {
   return p.initial.kv && p.initial.kv == p.final.kv;
 }
@@ -115,7 +89,7 @@ FoldParts plan_parts(const Attention& a, Arena& arena) {
 bool folds_apply(const LinearAttentionParams& p) {
   if (updates_shared_state(p)) return false;
   int bytes = 0;
-  const bool has_shape = with_fold_shape(
+  const bool has_shape = with_fused_shape(
       p, [&](auto shape) { bytes = FusedShared<decltype(shape), false>::bytes(0); });
   return has_shape && device_is_sm80() &&
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= bytes;
@@ -127,7 +101,7 @@ void plan_folds(Attention& a, Arena& arena) {
   Workspace& w = a.work;
   w.scale = arena.take<float>(cells * m);
   w.z = arena.take<float>(cells * m);
-  with_fold_shape(p, [&](auto shape) {
+  with_fused_shape(p, [&](auto shape) {
     w.states = arena.take<uint16_t>(cells * shape.kParts * p.headdim_v * m);
   });
   w.parts = plan_parts(a, arena);
@@ -135,7 +109,7 @@ void plan_folds(Attention& a, Arena& arena) {
 
 void launch_folds(const Attention& a, cudaStream_t stream) {
   const LinearAttentionParams& p = a.params;
-  with_fold_shape(p, [&](auto shape) {
+  with_fused_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
     constexpr int bytes = FusedShared<Shape, false>::bytes(0);
     const auto parts = static_cast<unsigned>(a.work.parts.count);

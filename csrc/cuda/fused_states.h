@@ -6,8 +6,6 @@
 
 namespace dijiang::cuda {
 
-constexpr int kFoldColumns = 64;  // of v, a block
-
 // 16-bit inputs of sizes that the kernels are built for, on a device that takes them, and no state
 // updated in place under blocks that read it.
 bool folds_apply(const LinearAttentionParams& params);

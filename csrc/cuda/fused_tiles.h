@@ -219,6 +219,14 @@ __device__ __forceinline__ void store_column_maxima(float* maxima, const float (
   }
 }
 
+// Of a column, over what all warps stored, kWidth numbers each.
+template <int kWidth>
+__device__ __forceinline__ float column_maximum(const float* maxima, int column) {
+  float most = kEmpty;
+  for (int w = 0; w < kWalkWarps; ++w) most = fmaxf(most, maxima[w * kWidth + column]);
+  return most;
+}
+
 // Bit r: row r. A warp's ballots have row g at bit 4 g, row g + 8 at bit 4 g + 2.
 __device__ __forceinline__ unsigned long long failed_rows(const unsigned* places) {
   unsigned long long all = 0;

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #ifndef DIJIANG_CUDA_EMULATION
 #define DIJIANG_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   kernel<<<(grid), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__)
@@ -40,6 +42,14 @@ inline cudaError_t launch_status() {
   const cudaError_t launch = cudaGetLastError(), shared = shared_error();
   shared_error() = cudaSuccess;
   return shared != cudaSuccess ? shared : launch;
+}
+
+inline unsigned grid_size(int64_t x) { return static_cast<unsigned>(x); }
+
+// Zeroes `count` elements of a buffer that may be null.
+template <class X>
+void zero(X* buffer, int64_t count, cudaStream_t stream) {
+  if (buffer && count > 0) cudaMemsetAsync(buffer, 0, count * sizeof(X), stream);
 }
 
 }  // namespace dijiang::cuda

@@ -13,41 +13,34 @@
 namespace dijiang::cuda {
 namespace {
 
-unsigned narrow(int64_t x) { return static_cast<unsigned>(x); }
-
-// Zeroes what only some kernels write.
-void clear(float* buffer, int64_t count, cudaStream_t stream) {
-  if (buffer && count > 0) cudaMemsetAsync(buffer, 0, count * sizeof(float), stream);
-}
-
 template <class T, int kColumns>
 void launch_near(const Backward& b, cudaStream_t stream) {
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
-  const unsigned tiles = narrow(a.max_chunks * a.row_tiles);
-  const unsigned key_columns = narrow(ceil_div(p.headdim, kColumns));
-  const unsigned columns = key_columns + narrow(ceil_div(p.headdim_v, kColumns));
+  const unsigned tiles = grid_size(a.max_chunks * a.row_tiles);
+  const unsigned key_columns = grid_size(ceil_div(p.headdim, kColumns));
+  const unsigned columns = key_columns + grid_size(ceil_div(p.headdim_v, kColumns));
   constexpr size_t shared = NearShared<kColumns>::kFloats * sizeof(float);
   allow_shared(grad_near_queries<T, kColumns>, shared);
-  DIJIANG_LAUNCH((grad_near_queries<T, kColumns>), dim3(tiles, narrow(p.num_heads), key_columns),
+  DIJIANG_LAUNCH((grad_near_queries<T, kColumns>), dim3(tiles, grid_size(p.num_heads), key_columns),
                  kThreads, shared, stream, b);
   if (p.window > 0) {
     allow_shared(grad_near_keys<T, kColumns, false>, shared);
     DIJIANG_LAUNCH((grad_near_keys<T, kColumns, false>),
-                   dim3(tiles, narrow(p.num_kv_heads), columns), kThreads, shared, stream, b);
+                   dim3(tiles, grid_size(p.num_kv_heads), columns), kThreads, shared, stream, b);
   }
   if (p.cache.most > 0) {
     constexpr size_t hard_shared = HardShared<kColumns>::kFloats * sizeof(float);
     allow_shared(grad_hard_keys<T, kColumns>, hard_shared);
     const int64_t slot_tiles = ceil_div(p.cache.most, kRows);
     DIJIANG_LAUNCH((grad_hard_keys<T, kColumns>),
-                   dim3(narrow(p.num_seqs * slot_tiles), narrow(p.num_kv_heads), columns), kThreads,
-                   hard_shared, stream, b);
+                   dim3(grid_size(p.num_seqs * slot_tiles), grid_size(p.num_kv_heads), columns),
+                   kThreads, hard_shared, stream, b);
   }
   if (p.sinks > 0) {
     allow_shared(grad_near_keys<T, kColumns, true>, shared);
-    DIJIANG_LAUNCH((grad_near_keys<T, kColumns, true>), dim3(tiles, narrow(p.num_heads), columns),
-                   kThreads, shared, stream, b);
+    DIJIANG_LAUNCH((grad_near_keys<T, kColumns, true>),
+                   dim3(tiles, grid_size(p.num_heads), columns), kThreads, shared, stream, b);
   }
 }
 
@@ -55,16 +48,16 @@ template <class T, bool kGiven>
 void launch_far(const Backward& b, cudaStream_t stream) {
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
-  const unsigned tiles = narrow(a.max_chunks * a.row_tiles), heads = narrow(p.num_heads);
-  const unsigned kv_heads = narrow(p.num_kv_heads);
-  const unsigned feature_tiles = narrow(ceil_div(p.num_features, kRows));
+  const unsigned tiles = grid_size(a.max_chunks * a.row_tiles), heads = grid_size(p.num_heads);
+  const unsigned kv_heads = grid_size(p.num_kv_heads);
+  const unsigned feature_tiles = grid_size(ceil_div(p.num_features, kRows));
   const unsigned value_tiles = column_blocks(p.headdim_v, kRows);
-  const unsigned element_tiles = narrow(ceil_div(p.num_features * (p.headdim_v + 1), kThreads));
+  const unsigned element_tiles = grid_size(ceil_div(p.num_features * (p.headdim_v + 1), kThreads));
   DIJIANG_LAUNCH((local_reverse_states<T, kGiven>),
-                 dim3(narrow(a.max_chunks) * feature_tiles, kv_heads, value_tiles), kThreads,
+                 dim3(grid_size(a.max_chunks) * feature_tiles, kv_heads, value_tiles), kThreads,
                  kReverseShared, stream, b);
-  DIJIANG_LAUNCH(scan_reverse_states, dim3(narrow(p.num_seqs) * element_tiles, kv_heads), kThreads,
-                 0, stream, b);
+  DIJIANG_LAUNCH(scan_reverse_states, dim3(grid_size(p.num_seqs) * element_tiles, kv_heads),
+                 kThreads, 0, stream, b);
   if (heads > 0) {
     DIJIANG_LAUNCH((grad_query_features<T, kGiven>), dim3(tiles, heads), kThreads, kFarShared,
                    stream, b);
@@ -74,7 +67,7 @@ void launch_far(const Backward& b, cudaStream_t stream) {
   DIJIANG_LAUNCH((grad_far_values<T, kGiven>), dim3(tiles, kv_heads, value_tiles), kThreads,
                  kFarShared, stream, b);
   if (a.has_inner) {
-    DIJIANG_LAUNCH((grad_unsafe_rows<T, kGiven>), dim3(narrow(a.max_chunks), kv_heads), kThreads,
+    DIJIANG_LAUNCH((grad_unsafe_rows<T, kGiven>), dim3(grid_size(a.max_chunks), kv_heads), kThreads,
                    kUnsafeShared, stream, b);
   }
 }
@@ -86,31 +79,31 @@ void launch_side(const Backward& b, const FeatureSide& side, cudaStream_t stream
   if (side.heads == 0) return;
   const int64_t rows = p.batch * side.heads * p.seqlen;
   if (p.num_features > 0 && rows > 0) {
-    DIJIANG_LAUNCH((sum_slopes<T>), dim3(narrow(ceil_div(rows, kThreads / 32))), kThreads, 0,
+    DIJIANG_LAUNCH((sum_slopes<T>), dim3(grid_size(ceil_div(rows, kThreads / 32))), kThreads, 0,
                    stream, p, side);
   }
   DIJIANG_LAUNCH((grad_inputs<T, kKeys>),
-                 dim3(narrow(a.max_chunks * a.row_tiles), narrow(side.heads),
-                      narrow(ceil_div(p.headdim, kRows))),
+                 dim3(grid_size(a.max_chunks * a.row_tiles), grid_size(side.heads),
+                      grid_size(ceil_div(p.headdim, kRows))),
                  kThreads, 2 * kDepthTile * sizeof(float), stream, b, side);
   if (p.kind != FeatureKind::kGiven && p.num_features > 0 &&
       (side.grad.omega || side.grad.log_weight)) {
     const int64_t feature_tiles = ceil_div(p.num_features, kRows);
     DIJIANG_LAUNCH((grad_parameters<T>),
-                   dim3(narrow(b.work.splits * feature_tiles), narrow(side.heads),
-                        narrow(ceil_div(p.headdim, kRows) + 1)),
+                   dim3(grid_size(b.work.splits * feature_tiles), grid_size(side.heads),
+                        grid_size(ceil_div(p.headdim, kRows) + 1)),
                    kThreads, 2 * kDepthTile * sizeof(float), stream, p, side, b.work.splits,
                    b.work.parameters);
     const int64_t count = side.heads * p.num_features * (p.headdim + 1);
-    DIJIANG_LAUNCH(sum_parameters, dim3(narrow(ceil_div(count, kThreads))), kThreads, 0, stream, p,
-                   side, b.work.splits, b.work.parameters);
+    DIJIANG_LAUNCH(sum_parameters, dim3(grid_size(ceil_div(count, kThreads))), kThreads, 0, stream,
+                   p, side, b.work.splits, b.work.parameters);
   }
   if (side.grad.beta) {
     if (side.feature.beta && p.kind == FeatureKind::kExp && p.num_features > 0) {
-      DIJIANG_LAUNCH(grad_betas, dim3(narrow(side.heads)), kThreads, kThreads * sizeof(double),
+      DIJIANG_LAUNCH(grad_betas, dim3(grid_size(side.heads)), kThreads, kThreads * sizeof(double),
                      stream, p, side);
     } else {
-      clear(static_cast<float*>(side.grad.beta), side.heads, stream);
+      zero(static_cast<float*>(side.grad.beta), side.heads, stream);
     }
   }
 }
@@ -120,18 +113,19 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
   const Attention& a = b.forward;
   const LinearAttentionParams& p = a.params;
   const BackwardWork& w = b.work;
-  const unsigned tiles = narrow(a.max_chunks * a.row_tiles);
+  const unsigned tiles = grid_size(a.max_chunks * a.row_tiles);
   const int64_t rows = p.batch * p.num_heads * p.seqlen;
   const int64_t key_rows = p.batch * p.num_kv_heads * p.seqlen;
-  clear(w.grad_b, rows * p.num_features, stream);      // padding
-  clear(w.grad_a, key_rows * p.num_features, stream);  // and keys that are not folded
-  clear(w.grad_v, key_rows * p.headdim_v, stream);
-  clear(w.near_k, key_rows * p.headdim, stream);
+  // What only some kernels write.
+  zero(w.grad_b, rows * p.num_features, stream);      // padding
+  zero(w.grad_a, key_rows * p.num_features, stream);  // and keys that are not folded
+  zero(w.grad_v, key_rows * p.headdim_v, stream);
+  zero(w.near_k, key_rows * p.headdim, stream);
 
   launch_states<T, kGiven>(a, stream);
   if (p.num_heads > 0) {
-    DIJIANG_LAUNCH((prepare_rows<T, kGiven>), dim3(tiles, narrow(p.num_heads)), kThreads, 0, stream,
-                   b);
+    DIJIANG_LAUNCH((prepare_rows<T, kGiven>), dim3(tiles, grid_size(p.num_heads)), kThreads, 0,
+                   stream, b);
   }
   if (w.near_q) {
     if (fused_near_backward_applies(b.params)) {
@@ -142,14 +136,15 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
       launch_near<T, 128>(b, stream);
     }
     if (p.sinks > 0) {
-      DIJIANG_LAUNCH(sum_sink_gradients, dim3(narrow(p.num_seqs * p.sinks), narrow(p.num_kv_heads)),
-                     kThreads, 0, stream, b);
+      DIJIANG_LAUNCH(sum_sink_gradients,
+                     dim3(grid_size(p.num_seqs * p.sinks), grid_size(p.num_kv_heads)), kThreads, 0,
+                     stream, b);
     }
   }
   if (p.num_features > 0) launch_far<T, kGiven>(b, stream);
 
-  DIJIANG_LAUNCH((write_grad_values<T>), dim3(tiles, narrow(p.num_kv_heads)), kThreads, 0, stream,
-                 b);
+  DIJIANG_LAUNCH((write_grad_values<T>), dim3(tiles, grid_size(p.num_kv_heads)), kThreads, 0,
+                 stream, b);
   launch_side<T, false>(b,
                         {p.q, p.fq, b.params.grad_fq, p.num_heads, a.work.query_features, w.grad_b,
                          w.near_q, w.query_total, w.query_square, b.params.grad_q},
@@ -160,10 +155,10 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
                        stream);
   if (b.params.grad_log_decay) {
     if (a.has_decay) {
-      DIJIANG_LAUNCH(grad_decays, dim3(narrow(p.num_seqs), narrow(p.num_kv_heads)), kThreads,
+      DIJIANG_LAUNCH(grad_decays, dim3(grid_size(p.num_seqs), grid_size(p.num_kv_heads)), kThreads,
                      kThreads * sizeof(double), stream, b);
     } else {
-      clear(static_cast<float*>(b.params.grad_log_decay), key_rows, stream);
+      zero(static_cast<float*>(b.params.grad_log_decay), key_rows, stream);
     }
   }
   return launch_status();
