@@ -12,10 +12,10 @@ Correctness, in float32, bfloat16 and float16, against the float64 oracles of di
 DCT, feature maps, causal_linear_attention and kernelized_attention with their gradients in q, k and
 v; in omega, log_weight, beta and log_decay for a few problems (`trained`). Kinds exp, softmax and
 elu; windows, sinks and hard keys (their number also by head); decay; two query heads a kv head;
-headdim 64, 80 and 128; packed sequences; normalize=False; keys that grow with time, whose rows go
-exact. The law: the error is at most twice that of the same formula in plain PyTorch at that dtype,
-or the dtype's epsilon (float32: 1e-5 of the largest value, gradients 2e-5). Where plain PyTorch is
-not finite, ours has to be.
+headdim 32, 64, 80, 96 and 128; packed sequences; normalize=False; keys that grow with time, whose
+rows go exact. The law: the error is at most twice that of the same formula in plain PyTorch at that
+dtype, or the dtype's epsilon (float32: 1e-5 of the largest value, gradients 2e-5). Where plain
+PyTorch is not finite, ours has to be.
 
 Not against an oracle: one-token updates and the choice of hard keys (against one call, against the
 reference); to the bit: an update replayed from a CUDA graph, a call on another stream, outputs
@@ -352,7 +352,7 @@ def attention_problems() -> Iterator[Problem]:
 
 
 def far_problems() -> Iterator[Problem]:
-    """Sizes that the fused forward takes; those of 64 features in bfloat16 the fused backward."""
+    """Sizes that the fused forward takes; those in bfloat16 also the backward."""
     decay = rates(2, 700)
     for kind, dim, features, log_decay, more in (
         ("exp", 64, 64, None, {}),
@@ -363,8 +363,11 @@ def far_problems() -> Iterator[Problem]:
         ("exp", 128, 64, decay, {}),
         ("exp", 64, 64, None, {"grows": True}),
         ("exp", 64, 64, decay, {"grows": True}),
+        ("softmax", 80, 80, decay, {}),
+        ("exp", 96, 40, None, {}),
         ("softmax", 64, 64, None, {"trained": True}),
         ("elu", 128, 64, decay, {"trained": True}),
+        ("softmax", 80, 40, decay, {"trained": True}),
     ):
         suffix = "".join(
             [", decay"] * (log_decay is not None)
@@ -388,6 +391,8 @@ def near_problems() -> Iterator[Problem]:
         (64, (64, 4, 256), {}),
         (128, (64, 4, 64), {}),
         (128, (60, 4), {}),
+        (80, (64, 4, 64), {}),
+        (32, (16, 4), {}),
         (64, (16, 70), {}),
         (64, (100, 0), {}),
         (64, (0, 70), {}),
@@ -416,12 +421,15 @@ def mixed_problems() -> Iterator[Problem]:
         ("elu", 64, 64, (64, 70), {}),
         ("exp", 128, 64, (64, 4, 64), {}),
         ("exp", 128, 128, (64, 4), {}),
+        ("softmax", 80, 80, (64, 4, 64), {}),
+        ("elu", 96, 40, (64, 4), {"log_decay": decay}),
         ("exp", 64, 64, (100, 0), {"log_decay": decay}),
         ("exp", 64, 64, (16, 4, (96, 0)), {}),
         ("exp", 64, 64, (64, 4), {"grows": True}),
         ("softmax", 64, 64, (64, 4), {"normalize": False}),
         ("softmax", 64, 64, (64, 4), {"trained": True}),
         ("exp", 128, 128, (64, 4, 64), {"trained": True, "log_decay": decay}),
+        ("softmax", 80, 80, (64, 4), {"trained": True, "log_decay": decay}),
     ):
         suffix = "".join(f", {name}" for name in options)
         sizes = f"{kind}, {dim} x {features}"

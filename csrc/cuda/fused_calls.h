@@ -52,34 +52,45 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 // Asynchronous copies and products of 16-bit fragments.
 inline bool device_is_sm80() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
 
+// Whole pieces of 16 bytes in every row.
+inline bool sizes_are_pieces(const LinearAttentionParams& p) {
+  return p.headdim > 0 && p.headdim % 8 == 0 && p.headdim_v > 0 && p.headdim_v % 8 == 0;
+}
+
+// Calls take(size) with the smallest size of tiles that has room for `count`, an integral_constant;
+// false where none has.
+template <class Take>
+bool with_tile_size(int64_t count, const Take& take) {
+  if (count <= 0 || count > 128) return false;
+  if (count <= 64) return take(std::integral_constant<int, 64>{});
+  return take(std::integral_constant<int, 128>{});
+}
+// Calls take(x) with an x of the type of the inputs; false where they are not of 16 bits.
+template <class Take>
+bool with_16_bits(const LinearAttentionParams& p, const Take& take) {
+  if (p.dtype == DType::kBFloat16) return take(__nv_bfloat16{});
+  if (p.dtype == DType::kFloat16) return take(__half{});
+  return false;
+}
+
 // Calls take(FusedShape) for the sizes of p; false where there are no kernels for them.
-template <class T, int kDim, class Take>
-bool with_fused_features(const LinearAttentionParams& p, const Take& take) {
-  if (p.num_features == 64) {
-    take(FusedShape<T, kDim, 64>{});
-    return true;
-  }
-  // Two parts of 128 features do not fit into registers.
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (p.num_features == 128) {
-      take(FusedShape<T, kDim, 128>{});
-      return true;
-    }
-  }
-  return false;
-}
-template <class T, class Take>
-bool with_fused_dim(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim == 64) return with_fused_features<T, 64>(p, take);
-  if (p.headdim == 128) return with_fused_features<T, 128>(p, take);
-  return false;
-}
 template <class Take>
 bool with_fused_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim_v <= 0 || p.headdim_v % kFoldColumns != 0) return false;
-  if (p.dtype == DType::kBFloat16) return with_fused_dim<__nv_bfloat16>(p, take);
-  if (p.dtype == DType::kFloat16) return with_fused_dim<__half>(p, take);
-  return false;
+  if (!sizes_are_pieces(p)) return false;
+  return with_16_bits(p, [&](auto x) {
+    using T = std::decay_t<decltype(x)>;
+    return with_tile_size(p.headdim, [&](auto dim) {
+      return with_tile_size(p.num_features, [&](auto features) {
+        // Two parts of 128 features do not fit into registers.
+        if constexpr (std::is_same_v<T, __half> && features() > 64) {
+          return false;
+        } else {
+          take(FusedShape<T, dim(), features()>{});
+          return true;
+        }
+      });
+    });
+  });
 }
 
 }  // namespace dijiang::cuda

@@ -9,29 +9,21 @@ namespace dijiang::cuda {
 namespace {
 
 // Calls take(work), a pointer to the FusedChoice for the sizes of p; false where there is none.
-template <class T, class Take>
-bool with_choice(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim == 64) {
-    take(static_cast<FusedChoice<T, 64>*>(nullptr));
-  } else if (p.headdim == 128) {
-    take(static_cast<FusedChoice<T, 128>*>(nullptr));
-  } else {
-    return false;
-  }
-  return true;
-}
 template <class Take>
 bool with_choice(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype == DType::kBFloat16) return with_choice<__nv_bfloat16>(p, take);
-  if (p.dtype == DType::kFloat16) return with_choice<__half>(p, take);
-  return false;
+  return with_16_bits(p, [&](auto x) {
+    return with_tile_size(p.headdim, [&](auto dim) {
+      take(static_cast<FusedChoice<std::decay_t<decltype(x)>, dim()>*>(nullptr));
+      return true;
+    });
+  });
 }
 
 }  // namespace
 
 bool fused_choice_applies(const LinearAttentionParams& p) {
   if (!fused_switched_on() || p.kind == FeatureKind::kGiven) return false;
-  if (p.headdim_v % 8 != 0 || p.headdim_v > 128) return false;  // novelty's pieces
+  if (!sizes_are_pieces(p) || p.headdim_v > 128) return false;  // novelty's pieces
   if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
   if (!state_begins_at_pieces(p.initial)) return false;
   size_t bytes = 0;

@@ -1,9 +1,9 @@
 // The fused backward of far keys: which calls it takes, and its kernels. Two walks leave the states
 // before and behind every chunk (fused_fold.h, fused_reverse.h); then all chunks at once. With far
-// keys alone a block has a chunk (fused_far_grads.h) and rows are left out that overflow
-// (fused_far_unsafe.h); beside near keys it has 64 queries, or keys (fused_far_sides.h), and adds
-// what the near backward has left. Parameters come last (fused_far_parameters.h). No atomics: the
-// same bits on every run.
+// keys alone a block has a chunk, or half of it (fused_far_grads.h), and rows are left out that
+// overflow (fused_far_unsafe.h); beside near keys it has 64 queries, or keys (fused_far_sides.h),
+// and adds what the near backward has left. Parameters come last (fused_far_parameters.h). No
+// atomics: the same bits on every run.
 #include "cuda/fused_far_backward.h"
 
 #include "cuda/backward_far.h"
@@ -78,7 +78,25 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   DIJIANG_DYNAMIC_SHARED(raw);
   Chunk c;
   if (!find_chunk(b.a, blockIdx.x, c)) return;
-  FarGrads<Shape>(b, c, raw).run();
+  FarGrads<Shape, FarPart::kAll>(b, c, raw).run();
+}
+// Grid: chunk, query head.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, 2)
+    grad_far_chunk_queries(const __grid_constant__ FarBackward b) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  Chunk c;
+  if (!find_chunk(b.a, blockIdx.x, c)) return;
+  FarGrads<Shape, FarPart::kQueries>(b, c, raw).run();
+}
+// After it, whose unsafe rows it leaves out. Grid: chunk, kv head.
+template <class Shape>
+__global__ void __launch_bounds__(kWalkThreads, 2)
+    grad_far_chunk_keys(const __grid_constant__ FarBackward b) {
+  DIJIANG_DYNAMIC_SHARED(raw);
+  Chunk c;
+  if (!find_chunk(b.a, blockIdx.x, c)) return;
+  FarGrads<Shape, FarPart::kKeys>(b, c, raw).run();
 }
 
 template <class Shape>
@@ -179,41 +197,28 @@ __global__ void __launch_bounds__(kThreads) write_near_keys(const __grid_constan
 bool has_near(const LinearAttentionParams& p) { return p.window > 0 || p.sinks > 0; }
 
 // Calls take(FarShape) for the sizes of p; false where there are no kernels for them.
-template <int kDim, int kFeatures, class Take>
-bool with_far_columns(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim_v == 64) {
-    take(FarShape<kDim, kFeatures, 64>{});
-  } else if (p.headdim_v == 128) {
-    take(FarShape<kDim, kFeatures, 128>{});
-  } else {
-    return false;
-  }
-  return true;
-}
-template <int kFeatures, class Take>
-bool with_far_dim(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim == 64) return with_far_columns<64, kFeatures>(p, take);
-  if (p.headdim == 128) return with_far_columns<128, kFeatures>(p, take);
-  return false;
-}
 template <class Take>
 bool with_far_shape(const LinearAttentionParams& p, const Take& take) {
   if (p.dtype != DType::kBFloat16) return false;
-  if (p.num_features == 64) return with_far_dim<64>(p, take);
-  // A chunk with far keys of its own does not fit into registers.
-  if (p.num_features == 128 && has_near(p)) return with_far_dim<128>(p, take);
-  return false;
+  return with_tile_size(p.num_features, [&](auto features) {
+    return with_tile_size(p.headdim, [&](auto dim) {
+      return with_tile_size(p.headdim_v, [&](auto columns) {
+        take(FarShape<dim(), features(), columns()>{});
+        return true;
+      });
+    });
+  });
 }
 
 int larger(int x, int y) { return x > y ? x : y; }
 
-// The most shared memory that a block of any kernel takes.
+// The most shared memory that a block of any kernel has to take.
 int most_shared(const LinearAttentionParams& p) {
   int bytes = 0;
   with_far_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
     bytes = ReverseWalk<typename Shape::Part, true>::kBytes;
-    bytes = larger(bytes, has_near(p) ? SideShared<Shape>::kBytes : FarShared<Shape>::kBytes);
+    bytes = larger(bytes, has_near(p) ? SideShared<Shape>::kBytes : FarShared<Shape, true>::kBytes);
   });
   return bytes;
 }
@@ -252,10 +257,13 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   b.grad_initial_z = static_cast<float*>(params.grad_initial_z);
 
   FarWork& w = b.work;
-  const int64_t m = p.num_features, tiles = a.max_chunks * a.row_tiles;
+  const int64_t tiles = a.max_chunks * a.row_tiles;
   const int64_t heads[kSides] = {p.num_heads, p.num_kv_heads};
-  int64_t map_bytes = 0;
-  with_far_shape(p, [&](auto shape) { map_bytes = decltype(shape)::Map::kBytes; });
+  int64_t map_bytes = 0, m = 0;  // features of tiles
+  with_far_shape(p, [&](auto shape) {
+    map_bytes = decltype(shape)::Map::kBytes;
+    m = shape.kFeatures;
+  });
   for (int side = 0; side < kSides; ++side) {
     const int64_t rows = p.batch * heads[side] * p.seqlen;
     const FeatureGrads& grad = b.grad_feature[side];
@@ -272,14 +280,14 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
     if (splits < 1) splits = 1;
     plan.split_tiles[side] = static_cast<int>(ceil_div(all, splits));
     plan.splits[side] = static_cast<int>(ceil_div(all, plan.split_tiles[side]));
-    plan.parameters[side] =
-        arena.take<float>(parameters ? plan.splits[side] * heads[side] * m * (p.headdim + 1) : 0);
+    plan.parameters[side] = arena.take<float>(
+        parameters ? plan.splits[side] * heads[side] * p.num_features * (p.headdim + 1) : 0);
   }
   const int64_t rows = p.batch * p.num_heads * p.seqlen, cells = a.max_chunks * p.num_kv_heads;
   const int64_t key_rows = p.batch * p.num_kv_heads * p.seqlen;
   w.delta = arena.take<float>(rows);
   w.inverse = arena.take<float>(rows);
-  w.reverse = arena.take<__nv_bfloat16>(cells * m * p.headdim_v);
+  w.reverse = arena.take<__nv_bfloat16>(cells * m * tile_columns(p));
   w.reverse_scale = arena.take<float>(cells * m);
   w.reverse_z = arena.take<float>(cells * m);
   w.parts = plan_parts(a, arena);
@@ -306,11 +314,12 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
 
 // --- launching -----------------------------------------------------------------------------------
 
-// What not all rows write: padding, tiles without rows, keys that are not folded.
-void clear_buffers(const Plan& plan, cudaStream_t stream) {
+// What not all rows write: padding, tiles without rows, keys that are not folded. m: features of
+// tiles.
+void clear_buffers(const Plan& plan, int64_t m, cudaStream_t stream) {
   const FarBackward& b = plan.far;
   const LinearAttentionParams& p = b.a.params;
-  const int64_t tokens = p.batch * p.seqlen, m = p.num_features;
+  const int64_t tokens = p.batch * p.seqlen;
   zero(b.work.square[0], tokens * p.num_heads, stream);
   zero(b.work.square[1], tokens * p.num_kv_heads, stream);
   if (!has_near(p)) return;
@@ -328,7 +337,7 @@ void launch_reverse(const FarBackward& b, cudaStream_t stream) {
   constexpr int bytes = ReverseWalk<Part, true>::kBytes;
   const int64_t parts = b.work.parts.count;
   const unsigned kv_heads = grid_size(p.num_kv_heads);
-  const unsigned columns = grid_size(p.headdim_v / kFoldColumns);
+  const unsigned columns = grid_size(column_blocks(p, kFoldColumns));
   if (parts > 1) {
     allow_shared(reverse_parts<Part>, bytes);
     DIJIANG_LAUNCH(reverse_parts<Part>,
@@ -342,13 +351,28 @@ void launch_reverse(const FarBackward& b, cudaStream_t stream) {
 
 template <class Shape>
 void launch_chunk_grads(const FarBackward& b, cudaStream_t stream) {
-  const dim3 grid(grid_size(b.a.max_chunks), grid_size(b.a.params.num_kv_heads));
-  constexpr int bytes = FarShared<Shape>::kBytes;
+  const auto chunks = grid_size(b.a.max_chunks);
+  const dim3 heads(chunks, grid_size(b.a.params.num_heads));
+  const dim3 kv_heads(chunks, grid_size(b.a.params.num_kv_heads));
+  constexpr int whole = FarShared<Shape, false>::kBytes, half = FarShared<Shape, true>::kBytes;
+  bool in_one = false;
+  // Of larger ones registers hold either queries or keys.
+  if constexpr (Shape::kFeatures == 64 && Shape::kValueDim == 64) {
+    in_one = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= whole;
+    if (in_one) {
+      allow_shared(grad_far_chunks<Shape>, whole);
+      DIJIANG_LAUNCH(grad_far_chunks<Shape>, kv_heads, kWalkThreads, whole, stream, b);
+    }
+  }
+  if (!in_one) {
+    allow_shared(grad_far_chunk_queries<Shape>, half);
+    DIJIANG_LAUNCH(grad_far_chunk_queries<Shape>, heads, kWalkThreads, half, stream, b);
+    allow_shared(grad_far_chunk_keys<Shape>, half);
+    DIJIANG_LAUNCH(grad_far_chunk_keys<Shape>, kv_heads, kWalkThreads, half, stream, b);
+  }
   constexpr int unsafe = UnsafeShared<Shape>::kFloats * static_cast<int>(sizeof(float));
-  allow_shared(grad_far_chunks<Shape>, bytes);
-  DIJIANG_LAUNCH(grad_far_chunks<Shape>, grid, kWalkThreads, bytes, stream, b);
   allow_shared(grad_unsafe_far_rows<Shape>, unsafe);
-  DIJIANG_LAUNCH(grad_unsafe_far_rows<Shape>, grid, kWalkThreads, unsafe, stream, b);
+  DIJIANG_LAUNCH(grad_unsafe_far_rows<Shape>, kv_heads, kWalkThreads, unsafe, stream, b);
 }
 
 template <class Shape>
@@ -408,7 +432,7 @@ void launch_far_backward(const Plan& plan, cudaStream_t stream) {
   const Attention& a = b.a;
   const LinearAttentionParams& p = a.params;
   const unsigned heads = grid_size(p.num_heads), kv_heads = grid_size(p.num_kv_heads);
-  clear_buffers(plan, stream);
+  clear_buffers(plan, Shape::kFeatures, stream);
   launch_chunks<typename Shape::T>(a, stream);
   DIJIANG_LAUNCH(split_maps<Map>, heads, kWalkThreads, 0, stream, p, p.fq, b.work.maps[0]);
   DIJIANG_LAUNCH(split_maps<Map>, kv_heads, kWalkThreads, 0, stream, p, p.fk, b.work.maps[1]);
@@ -419,7 +443,7 @@ void launch_far_backward(const Plan& plan, cudaStream_t stream) {
   launch_reverse<typename Shape::Part>(b, stream);
   if (has_near(p)) {
     launch_side_grads<Shape>(plan, stream);
-  } else if constexpr (Shape::kFeatures == 64) {
+  } else {
     launch_chunk_grads<Shape>(b, stream);
   }
   launch_parameters<Shape>(plan, 0, p.fq, stream);

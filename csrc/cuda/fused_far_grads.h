@@ -1,6 +1,7 @@
 // One block's work of the fused far backward: a chunk of 64 tokens of a kv head, 16 a warp, with
 // all query heads of its group, from the states that the walks left. Nothing hangs on another
-// chunk.
+// chunk. Where registers or shared memory do not hold all of that, one block has the queries of a
+// head and another one the keys.
 //
 // With P the far weights over den, G = (do v - delta) with the chunk's decay, phi_q the features of
 // queries times 2^(M' - r) / den and phi_k those of keys times 2^-M':
@@ -20,20 +21,22 @@ struct FarRow {
   float scale, inverse, delta;
 };
 
-// Offsets in bytes.
-template <class Shape>
+enum class FarPart { kAll, kQueries, kKeys };
+
+// Offsets in bytes. kHalf: queries or keys alone, which have one map at a time and one state.
+template <class Shape, bool kHalf>
 struct FarShared {
   static constexpr int kTile = kTileRows * 2;  // bytes a column
   static constexpr int kFloats = Shape::kFeatures * static_cast<int>(sizeof(float));
 
   static constexpr int key_map = 0;
-  static constexpr int query_map = key_map + Shape::Map::kBytes;
+  static constexpr int query_map = key_map + (kHalf ? 0 : Shape::Map::kBytes);
   static constexpr int keys = query_map + Shape::Map::kBytes;
   static constexpr int values = keys + Shape::kHeadDim * kTile;
   static constexpr int queries = values + Shape::kValueDim * kTile;
   static constexpr int grads = queries + Shape::kHeadDim * kTile;
   static constexpr int state = grads + Shape::kValueDim * kTile;
-  static constexpr int reverse = state + Shape::kState * 2;
+  static constexpr int reverse = state + (kHalf ? 0 : Shape::kState * 2);
   static constexpr int key_features = reverse + Shape::kState * 2;
   static constexpr int query_features = key_features + Shape::kFeatures * kTile;
   static constexpr int levels = query_features + Shape::kFeatures * kTile;  // up to a token
@@ -48,7 +51,7 @@ struct FarShared {
   static constexpr int kBytes = rho + kFloats;
 };
 
-template <class Shape>
+template <class Shape, FarPart kPart>
 struct FarGrads : FarRows<Shape> {
   using Base = FarRows<Shape>;
   using Base::a;
@@ -65,7 +68,7 @@ struct FarGrads : FarRows<Shape> {
   using Base::work;
   using typename Base::Map;
   using typename Base::T;
-  using Shared = FarShared<Shape>;
+  using Shared = FarShared<Shape, kPart != FarPart::kAll>;
 
   Chunk c;
   int64_t index, cell;
@@ -76,7 +79,7 @@ struct FarGrads : FarRows<Shape> {
       : Base(backward, raw),
         c(chunk),
         index(blockIdx.x),
-        kv_head(blockIdx.y),
+        kv_head(kPart == FarPart::kQueries ? blockIdx.y / backward.a.group : blockIdx.y),
         count(chunk.query_count) {
     cell = cell_of(a, index, kv_head);
     clear(da);
@@ -110,21 +113,21 @@ struct FarGrads : FarRows<Shape> {
 
   // --- tiles -------------------------------------------------------------------------------------
 
-  // The warp's own rows of the chunk; zeros behind its end.
+  // The warp's own rows of the chunk, of `width` columns; zeros behind its end.
   template <int kWidth>
-  __device__ __forceinline__ void load_rows(int tile, const ConstView& view, int64_t head) {
+  __device__ __forceinline__ void load_rows(int tile, const ConstView& view, int64_t head,
+                                            int width) {
     const int mine = row0 + lane % 16 < count ? row0 + lane % 16 : 0;
     copy_warp_rows<kWidth>(at<T>(tile), view_row<T>(view, c.batch, head, c.query_token + mine).data,
-                           0, row0, count);
+                           0, row0, count, width);
   }
   __device__ __forceinline__ void load_map(int to, int number, int64_t head) {
     copy_block(shared + to, work.maps[number] + head * Map::kBytes, Map::kBytes);
   }
   __device__ __forceinline__ void load_head(int64_t head) {
     const LinearAttentionParams& p = params();
-    load_rows<kD>(Shared::queries, p.q, head);
-    load_rows<kV>(Shared::grads, b.grad_out, head);
-    load_map(Shared::query_map, 0, head);
+    load_rows<kD>(Shared::queries, p.q, head, this->headdim());
+    load_rows<kV>(Shared::grads, b.grad_out, head, this->headdim_v());
     const int mine = threadIdx.x;
     if (mine >= kTileRows) return;
     const int64_t place = row_index(p, p.num_heads, c.batch, head, c.query_token) + mine;
@@ -135,13 +138,17 @@ struct FarGrads : FarRows<Shape> {
   }
   __device__ __forceinline__ void load_chunk() {
     const LinearAttentionParams& p = params();
-    load_rows<kD>(Shared::keys, p.k, kv_head);
-    load_rows<kV>(Shared::values, p.v, kv_head);
+    load_rows<kD>(Shared::keys, p.k, kv_head, this->headdim());
+    load_rows<kV>(Shared::values, p.v, kv_head, this->headdim_v());
     load_map(Shared::key_map, 1, kv_head);
     constexpr int kBytes = Shape::kState * 2;
-    copy_block(shared + Shared::state, static_cast<const T*>(a.work.states) + cell * Shape::kState,
-               kBytes);
-    copy_block(shared + Shared::reverse, work.reverse + cell * Shape::kState, kBytes);
+    if (kPart != FarPart::kKeys) {
+      const T* states = static_cast<const T*>(a.work.states);
+      copy_block(shared + Shared::state, states + cell * Shape::kState, kBytes);
+    }
+    if (kPart != FarPart::kQueries) {
+      copy_block(shared + Shared::reverse, work.reverse + cell * Shape::kState, kBytes);
+    }
     if (!a.has_decay) return;
     const double* levels = levels_of(a, index, kv_head);
     for (int i = threadIdx.x; i < kTileRows; i += kWalkThreads) {
@@ -195,16 +202,20 @@ struct FarGrads : FarRows<Shape> {
     }
   }
 
-  // From exponents. Rows whose features overflow relative to M' (those of later keys, or of keys
-  // that have decayed since) are left out: fused_far_unsafe.h adds them.
-  __device__ __forceinline__ void make_query_features(const float (&u)[kM / 8][4], int head) {
-    constexpr int kMost = static_cast<int>(kSafeExponent) + 1;
+  // Of the lane's two rows of queries: whether their features overflow relative to M'. What
+  // computes the queries' gradients decides: another kernel's roundings might differ.
+  __device__ __forceinline__ void find_unsafe(const float (&u)[kM / 8][4], int head,
+                                              const FarRow (&numbers)[2], bool (&unsafe)[2]) const {
+    unsigned* marks = work.unsafe + (index * params().num_heads + head) * kWalkWarps;
+    if (kPart == FarPart::kKeys) {
+      const unsigned long long rows = failed_rows(marks);
+      unsafe[0] = rows >> row(0) & 1;
+      unsafe[1] = rows >> row(1) & 1;
+      return;
+    }
     const float* top = at<float>(Shared::top);
-    FarRow numbers[2];
-    bool unsafe[2];
     DIJIANG_UNROLL()
     for (int half = 0; half < 2; ++half) {
-      numbers[half] = at<FarRow>(Shared::numbers)[row(half)];
       float most = kEmpty;
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; ++t) {
@@ -217,9 +228,18 @@ struct FarGrads : FarRows<Shape> {
     }
     const unsigned first = __ballot_sync(~0u, unsafe[0] && lane % 4 == 0);
     const unsigned second = __ballot_sync(~0u, unsafe[1] && lane % 4 == 0);
-    if (lane == 0) {
-      work.unsafe[(index * params().num_heads + head) * kWalkWarps + warp] = first | second << 2;
-    }
+    if (lane == 0) marks[warp] = first | second << 2;
+  }
+
+  // From exponents. Rows whose features overflow relative to M' (those of later keys, or of keys
+  // that have decayed since) are left out: fused_far_unsafe.h adds them.
+  __device__ __forceinline__ void make_query_features(const float (&u)[kM / 8][4], int head) {
+    constexpr int kMost = static_cast<int>(kSafeExponent) + 1;
+    const float* top = at<float>(Shared::top);
+    const FarRow numbers[2] = {at<FarRow>(Shared::numbers)[row(0)],
+                               at<FarRow>(Shared::numbers)[row(1)]};
+    bool unsafe[2];
+    find_unsafe(u, head, numbers, unsafe);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
@@ -240,16 +260,18 @@ struct FarGrads : FarRows<Shape> {
 
   // What the warp's queries have from the state and the chunk's keys; without their own features.
   __device__ __forceinline__ void sum_queries(float (&db)[kM / 8][4]) {
-    unsigned grad[kV / 16][4];
+    constexpr bool kHolds = kM <= 64;  // registers have room for all of the gradients
+    unsigned grad[kHolds ? kV / 16 : 1][4];
     clear(db);
     DIJIANG_UNROLL()
     for (int k = 0; k < kV; k += 16) {
-      load_left<kV>(grad[k / 16], at<T>(Shared::grads), row0, k);
+      auto& left = grad[kHolds ? k / 16 : 0];
+      load_left<kV>(left, at<T>(Shared::grads), row0, k);
       DIJIANG_UNROLL()
       for (int i = 0; i < kM; i += 16) {
         unsigned s[4];
         load_right_transposed<kM>(s, at<T>(Shared::state), i, k);
-        multiply_add_16<T>(db[i / 8], db[i / 8 + 1], grad[k / 16], s);
+        multiply_add_16<T>(db[i / 8], db[i / 8 + 1], left, s);
       }
     }
     float delta[2];
@@ -274,9 +296,11 @@ struct FarGrads : FarRows<Shape> {
       clear(x);
       DIJIANG_UNROLL()
       for (int k = 0; k < kV; k += 16) {
+        auto& left = grad[kHolds ? k / 16 : 0];
+        if (!kHolds) load_left<kV>(left, at<T>(Shared::grads), row0, k);
         unsigned v[4];
         load_right<kV>(v, at<T>(Shared::values), s, k);
-        multiply_add_16<T>(x[0], x[1], grad[k / 16], v);
+        multiply_add_16<T>(x[0], x[1], left, v);
       }
       DIJIANG_UNROLL()
       for (int n = 0; n < 2; ++n) {
@@ -397,10 +421,10 @@ struct FarGrads : FarRows<Shape> {
     const FarSide keys = side(1, kv_head);
     DIJIANG_UNROLL()
     for (int n = 0; n < kV / 8; n += 4) {
-      this->template write_columns<kV>(
-          keys, static_cast<T*>(b.grad_v), 8 * n, [&](int half, int i) {
-            return make_float2(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
-          });
+      this->write_columns(keys, static_cast<T*>(b.grad_v), this->headdim_v(), 8 * n,
+                          [&](int half, int i) {
+                            return make_float2(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
+                          });
     }
   }
 
@@ -446,36 +470,20 @@ struct FarGrads : FarRows<Shape> {
 
   // --- the chunk ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void run() {
-    const int group = a.group;
-    load_chunk();
-    load_head(kv_head * group);
-    wait_copies();
+  // All of a head's queries, whose tiles and map are there.
+  __device__ __forceinline__ void finish_queries(int head) {
+    const Map map = map_at(Shared::query_map);
+    const T* tile = at<T>(Shared::queries);
+    float u[kM / 8][4], db[kM / 8][4];
+    this->exponents(tile, map, params().fq, head, u);
+    make_query_features(u, head);
     __syncthreads();
-    make_key_features();
-    DIJIANG_UNROLL(1)
-    for (int h = 0; h < group; ++h) {
-      const int head = kv_head * group + h;
-      if (h > 0) {
-        wait_copies();
-        __syncthreads();
-      }
-      {
-        const Map map = map_at(Shared::query_map);
-        const T* tile = at<T>(Shared::queries);
-        float u[kM / 8][4], db[kM / 8][4];
-        this->exponents(tile, map, params().fq, head, u);
-        make_query_features(u, head);
-        __syncthreads();
-        sum_queries(db);
-        times_features(db, Shared::query_features);
-        this->finish_side(side(0, head), tile, map, db, u);
-      }
-      add_queries();
-      if (h + 1 == group) break;
-      __syncthreads();
-      load_head(head + 1);
-    }
+    sum_queries(db);
+    times_features(db, Shared::query_features);
+    this->finish_side(side(0, head), tile, map, db, u);
+  }
+  // Likewise the chunk's keys, when all queries have been added.
+  __device__ __forceinline__ void finish_chunk() {
     {
       unsigned phi[kM / 8][2];
       make_late_features(phi);
@@ -485,6 +493,77 @@ struct FarGrads : FarRows<Shape> {
     float u[kM / 8][4];
     if (params().kind != FeatureKind::kExp) key_exponents(u);
     this->finish_side(side(1, kv_head), at<T>(Shared::keys), map_at(Shared::key_map), da, u);
+  }
+  __device__ __forceinline__ static void wait_for_all() {
+    wait_copies();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run_all() {
+    const int first = kv_head * a.group;
+    load_chunk();
+    load_head(first);
+    load_map(Shared::query_map, 0, first);
+    wait_for_all();
+    make_key_features();
+    DIJIANG_UNROLL(1)
+    for (int h = 0; h < a.group; ++h) {
+      if (h > 0) wait_for_all();
+      finish_queries(first + h);
+      add_queries();
+      if (h + 1 == a.group) break;
+      __syncthreads();
+      load_head(first + h + 1);
+      load_map(Shared::query_map, 0, first + h + 1);
+    }
+    finish_chunk();
+  }
+
+  __device__ __forceinline__ void run_queries() {
+    const auto head = static_cast<int>(blockIdx.y);
+    load_chunk();
+    load_head(head);
+    wait_for_all();
+    make_key_features();
+    __syncthreads();  // nobody reads the keys' map any more
+    load_map(Shared::query_map, 0, head);
+    wait_for_all();
+    finish_queries(head);
+  }
+
+  __device__ __forceinline__ void run_keys() {
+    load_chunk();
+    wait_for_all();
+    make_key_features();
+    DIJIANG_UNROLL(1)
+    for (int h = 0; h < a.group; ++h) {
+      const int head = kv_head * a.group + h;
+      __syncthreads();  // nobody reads the last map and queries any more
+      load_head(head);
+      load_map(Shared::query_map, 0, head);
+      wait_for_all();
+      {
+        float u[kM / 8][4];
+        this->exponents(at<T>(Shared::queries), map_at(Shared::query_map), params().fq, head, u);
+        make_query_features(u, head);
+      }
+      __syncthreads();
+      add_queries();
+    }
+    __syncthreads();
+    load_map(Shared::key_map, 1, kv_head);
+    wait_for_all();
+    finish_chunk();
+  }
+
+  __device__ __forceinline__ void run() {
+    if constexpr (kPart == FarPart::kAll) {
+      run_all();
+    } else if constexpr (kPart == FarPart::kQueries) {
+      run_queries();
+    } else {
+      run_keys();
+    }
   }
 };
 

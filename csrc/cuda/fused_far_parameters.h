@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(kWalkThreads)
                  : view_row<T>(x, c.batch, head, token).data;
     }
     const auto stage = static_cast<int>((tile - begin) % 2);
-    copy_warp_rows<kOwn>(slopes + stage * kTileRows * kOwn, from, 0, 16 * warp, count);
-    copy_warp_rows<kD>(inputs + stage * kTileRows * kD, from, 16, 16 * warp, count);
+    copy_warp_rows<kOwn>(slopes + stage * kTileRows * kOwn, from, 0, 16 * warp, count, kOwn);
+    copy_warp_rows<kD>(inputs + stage * kTileRows * kD, from, 16, 16 * warp, count,
+                       static_cast<int>(p.headdim));
   };
 
   float sum[kD / 8][4], weight = 0.0f;  // of feature first + threadIdx.x
@@ -74,16 +75,19 @@ __global__ void __launch_bounds__(kWalkThreads)
     }
   }
   const float root = sqrtf(static_cast<float>(p.scale));
-  float* part = parts + ((blockIdx.x * heads + head) * kM + first) * (kD + 1);
+  const auto width = static_cast<int>(p.headdim);
+  const auto count = static_cast<int>(p.num_features) - first;  // of the block's features
+  float* part = parts + ((blockIdx.x * heads + head) * p.num_features + first) * (width + 1);
   DIJIANG_UNROLL()
   for (int n = 0; n < kD / 8; ++n) {
     DIJIANG_UNROLL()
     for (int e = 0; e < 4; ++e) {
       const int i = 16 * warp + lane / 4 + e / 2 * 8, j = 8 * n + 2 * (lane % 4) + e % 2;
-      part[i * (kD + 1) + j] = sum[n][e] * root;
+      if (i < count && j < width) part[i * (width + 1) + j] = sum[n][e] * root;
     }
   }
-  if (threadIdx.x < kOwn) part[threadIdx.x * (kD + 1) + kD] = weight;
+  const auto mine = static_cast<int>(threadIdx.x);
+  if (mine < kOwn && mine < count) part[mine * (width + 1) + width] = weight;
 }
 
 }  // namespace dijiang::cuda

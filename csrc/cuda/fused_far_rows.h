@@ -72,9 +72,13 @@ struct FarRows {
         [&](unsigned(&left)[4], int k) { load_left<kD>(left, tile, row0, k); });
   }
 
-  // Columns [n, n + 32) of the rows: pair(half, i) is the lane's two numbers of columns n + 8 i on.
-  template <int kWidth, class Pairs>
-  __device__ __forceinline__ void write_columns(const FarSide& side, T* to, int n,
+  __device__ __forceinline__ int headdim() const { return static_cast<int>(params().headdim); }
+  __device__ __forceinline__ int headdim_v() const { return static_cast<int>(params().headdim_v); }
+
+  // Columns [n, n + 32) of rows of `width`: pair(half, i) is the lane's two numbers of columns
+  // n + 8 i on.
+  template <class Pairs>
+  __device__ __forceinline__ void write_columns(const FarSide& side, T* to, int width, int n,
                                                 const Pairs& pair) const {
     DIJIANG_UNROLL()
     for (int half = 0; half < 2; ++half) {
@@ -85,17 +89,17 @@ struct FarRows {
         packed[i] = pack<T>(x.x, x.y);
       }
       transpose_quad(packed);
-      if (side.place[half] < 0) continue;
-      *reinterpret_cast<uint4*>(to + side.place[half] * kWidth + n + 8 * (lane % 4)) =
+      const int column = n + 8 * (lane % 4);
+      if (side.place[half] < 0 || column >= width) continue;
+      *reinterpret_cast<uint4*>(to + side.place[half] * width + column) =
           make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
   }
   // The lane's two numbers of a row and columns n on, of near keys' gradients.
-  template <int kWidth>
-  __device__ __forceinline__ float2 near_pair(const float* near, const FarSide& side, int half,
-                                              int n) const {
-    if (!near || side.place[half] < 0) return make_float2(0.0f, 0.0f);
-    return *reinterpret_cast<const float2*>(near + side.place[half] * kWidth + n + 2 * (lane % 4));
+  __device__ __forceinline__ float2 near_pair(const float* near, const FarSide& side, int width,
+                                              int half, int n) const {
+    if (!near || side.place[half] < 0 || n >= width) return make_float2(0.0f, 0.0f);
+    return *reinterpret_cast<const float2*>(near + side.place[half] * width + n + 2 * (lane % 4));
   }
 
   // From the gradient g of the exponents u (not read for kExp) to all that the side is given. tile:
@@ -131,7 +135,7 @@ struct FarRows {
     if (work.slopes[side.number]) {
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; t += 4) {
-        write_columns<kM>(side, work.slopes[side.number], 8 * t, [&](int half, int i) {
+        write_columns(side, work.slopes[side.number], kM, 8 * t, [&](int half, int i) {
           return make_float2(g[t + i][2 * half], g[t + i][2 * half + 1]);
         });
       }
@@ -149,8 +153,9 @@ struct FarRows {
     for (int t = 0; t < kM / 8; ++t) {
       DIJIANG_UNROLL()
       for (int e = 0; e < 4; ++e) {
-        const float log_phi = u[t][e] - line[8 * t + 2 * (lane % 4) + e % 2].weight;
-        if (side.place[e / 2] < 0) {
+        const int column = 8 * t + 2 * (lane % 4) + e % 2;
+        const float log_phi = u[t][e] - line[column].weight;
+        if (side.place[e / 2] < 0 || column >= params().num_features) {
           g[t][e] = 0.0f;
         } else if (kind == FeatureKind::kSoftmax) {
           g[t][e] -= fast_exp2(log_phi) * total[e / 2];
@@ -210,10 +215,11 @@ struct FarRows {
           }
         }
       }
-      write_columns<kD>(side, static_cast<T*>(b.grad_x[side.number]), n, [&](int half, int j) {
-        const float2 near = near_pair<kD>(work.near[side.number], side, half, n + 8 * j);
-        return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
-      });
+      write_columns(
+          side, static_cast<T*>(b.grad_x[side.number]), headdim(), n, [&](int half, int j) {
+            const float2 near = near_pair(work.near[side.number], side, headdim(), half, n + 8 * j);
+            return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
+          });
     }
     if (!has_beta || !work.square[side.number]) return;
     DIJIANG_UNROLL()

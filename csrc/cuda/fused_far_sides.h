@@ -70,8 +70,8 @@ struct FarSides : FarRows<Shape> {
 
   // from: the row that the lane finds of `count`: an input, of lanes behind 15 what it meets.
   __device__ __forceinline__ void load(const T* from, int count) {
-    copy_warp_rows<kD>(at<T>(Shared::rows), from, 0, row0, count);
-    copy_warp_rows<kV>(at<T>(Shared::values), from, 16, row0, count);
+    copy_warp_rows<kD>(at<T>(Shared::rows), from, 0, row0, count, this->headdim());
+    copy_warp_rows<kV>(at<T>(Shared::values), from, 16, row0, count, this->headdim_v());
     copy_block(shared + Shared::map, work.maps[side.number] + side.head * Map::kBytes, Map::kBytes);
     const T* states = kKeys ? work.reverse : static_cast<const T*>(a.work.states);
     copy_block(shared + Shared::state, states + cell * Shape::kState, 2 * Shape::kState);
@@ -149,10 +149,12 @@ struct FarSides : FarRows<Shape> {
           multiply_add_16<T>(x[j], x[j + 1], left, right);
         }
       }
-      this->template write_columns<kV>(side, static_cast<T*>(b.grad_v), n, [&](int half, int j) {
-        const float2 near = this->template near_pair<kV>(work.near_v, side, half, n + 8 * j);
-        return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
-      });
+      this->write_columns(
+          side, static_cast<T*>(b.grad_v), this->headdim_v(), n, [&](int half, int j) {
+            const float2 near =
+                this->near_pair(work.near_v, side, this->headdim_v(), half, n + 8 * j);
+            return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
+          });
     }
   }
 

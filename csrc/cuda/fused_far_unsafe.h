@@ -60,11 +60,14 @@ struct UnsafeRows {
     return {1, a.params.num_kv_heads, kv_head, a.params.fk, a.params.k};
   }
   __device__ const float* omega(const Side& side) const {
-    return static_cast<const float*>(side.feature.omega) + side.head * kM * kD;
+    return static_cast<const float*>(side.feature.omega) + side.head * features() * headdim();
   }
+  __device__ int features() const { return static_cast<int>(a.params.num_features); }
+  __device__ int headdim() const { return static_cast<int>(a.params.headdim); }
+  __device__ int headdim_v() const { return static_cast<int>(a.params.headdim_v); }
   __device__ float log_weight(const Side& side, int i) const {
     const auto* weights = static_cast<const float*>(side.feature.log_weight);
-    return weights ? weights[side.head * kM + i] : 0.0f;
+    return weights ? weights[side.head * features() + i] : 0.0f;
   }
   __device__ float beta(const Side& side) const {
     const auto* betas = static_cast<const float*>(side.feature.beta);
@@ -75,11 +78,11 @@ struct UnsafeRows {
   }
   __device__ float square_of(const Row<T>& x) const {
     float sum = 0.0f;
-    for (int k = lane; k < kD; k += 32) sum = fmaf(x[k], x[k], sum);
+    for (int k = lane; k < headdim(); k += 32) sum = fmaf(x[k], x[k], sum);
     return warp_sum(sum) * static_cast<float>(a.params.scale);
   }
 
-  // Exponents of a row's features, by a warp.
+  // Exponents of a row's features, by a warp; of what is not there, kEmpty.
   __device__ void find_exponents(const Side& side, int row, float* to) const {
     const Row<T> x = row_of(side, row);
     const FeatureKind kind = a.params.kind;
@@ -87,9 +90,10 @@ struct UnsafeRows {
     float u[kOwn], top = kEmpty, sum = 0.0f;
     for (int n = 0; n < kOwn; ++n) {
       u[n] = 0.0f;
-      const float* line = omega(side) + (lane + 32 * n) * kD;
-      for (int k = 0; k < kD; ++k) u[n] = fmaf(line[k], x[k], u[n]);
-      u[n] *= scale;
+      const float* line = omega(side) + (lane + 32 * n) * headdim();
+      const int width = lane + 32 * n < features() ? headdim() : 0;
+      for (int k = 0; k < width; ++k) u[n] = fmaf(line[k], x[k], u[n]);
+      u[n] = width > 0 ? u[n] * scale : kEmpty;
       top = fmaxf(top, u[n]);
     }
     float less = square_of(x) * kLog2e * beta(side);
@@ -99,8 +103,9 @@ struct UnsafeRows {
       less = top + log2f(warp_sum(sum));
     }
     for (int n = 0; n < kOwn; ++n) {
+      const int i = lane + 32 * n;
       if (kind == FeatureKind::kElu && u[n] > 0.0f) u[n] = log1pf(u[n] * kLn2) * kLog2e;
-      to[lane + 32 * n] = u[n] - less + log_weight(side, lane + 32 * n) * kLog2e;
+      to[i] = i < features() ? u[n] - less + log_weight(side, i) * kLog2e : kEmpty;
     }
   }
 
@@ -112,7 +117,7 @@ struct UnsafeRows {
     float total = 0.0f;
     for (int n = 0; n < kOwn; ++n) total += g[lane + 32 * n];
     total = warp_sum(total);
-    for (int i = lane; i < kM; i += 32) {
+    for (int i = lane; i < features(); i += 32) {
       du[i] = linear_slope(p.kind, g[i], u[i], log_weight(side, i), total);
       if (b.work.slopes[side.number]) {
         add_to(b.work.slopes[side.number] + place * kM + i, du[i]);
@@ -122,10 +127,11 @@ struct UnsafeRows {
     const Row<T> x = row_of(side, row);
     const float root = sqrtf(static_cast<float>(p.scale));
     const float twice = 2.0f * beta(side) * static_cast<float>(p.scale) * total;
-    for (int k = lane; k < kD; k += 32) {
+    for (int k = lane; k < headdim(); k += 32) {
       float dx = 0.0f;
-      for (int i = 0; i < kM; ++i) dx = fmaf(omega(side)[i * kD + k], du[i], dx);
-      add_to(static_cast<T*>(b.grad_x[side.number]) + place * kD + k, dx * root - twice * x[k]);
+      for (int i = 0; i < features(); ++i) dx = fmaf(omega(side)[i * headdim() + k], du[i], dx);
+      add_to(static_cast<T*>(b.grad_x[side.number]) + place * headdim() + k,
+             dx * root - twice * x[k]);
     }
     const float square = square_of(x);
     if (lane == 0) {
@@ -164,7 +170,7 @@ struct UnsafeRows {
         weights += term[n];
       }
       weights = warp_sum(weights);
-      for (int j = lane; j < kV; j += 32) {
+      for (int j = lane; j < headdim_v(); j += 32) {
         slope = fmaf(grad[j], value[j], slope);
         shared[Shared::values + s * kV + j] += weights * grad[j];
       }
@@ -182,7 +188,7 @@ struct UnsafeRows {
       float sum = 0.0f, product = 0.0f;
       for (int w = 0; w < kWalkWarps; ++w) sum += shared[Shared::sums + w * kM + i];
       const T* state = static_cast<const T*>(a.work.states) + cell * Shape::kState;
-      for (int j = 0; j < kV; ++j) {
+      for (int j = 0; j < headdim_v(); ++j) {
         product = fmaf(grad[j], to_float(state[tile_offset<kM>(j, i)]), product);
       }
       const float top = a.work.scale[cell * kM + i];
@@ -223,8 +229,9 @@ struct UnsafeRows {
     if (!any) return;
     for (int s = warp; s < c.query_count; s += kWalkWarps) {
       const int64_t place = row_index(p, p.num_kv_heads, c.batch, kv_head, c.query_token + s);
-      for (int j = lane; j < kV; j += 32) {
-        add_to(static_cast<T*>(b.grad_v) + place * kV + j, shared[Shared::values + s * kV + j]);
+      for (int j = lane; j < headdim_v(); j += 32) {
+        add_to(static_cast<T*>(b.grad_v) + place * headdim_v() + j,
+               shared[Shared::values + s * kV + j]);
       }
       finish_row(keys(), s, shared + Shared::keys + s * kM, shared + Shared::key_grads + s * kM);
     }

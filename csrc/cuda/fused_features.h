@@ -1,5 +1,6 @@
 // Exponents of features as fragments: 16 rows of a warp times a head's omega, which lies in two
-// 16-bit parts, as an error in an exponent is magnified.
+// 16-bit parts, as an error in an exponent is magnified. Tiles may be larger than headdim and
+// num_features: features that there are not have the exponent -infinity.
 #pragma once
 
 #include "cuda/attention_layout.h"
@@ -35,22 +36,25 @@ struct FeatureMap {
     T* low = high + kM * kD;
     const auto* weight = static_cast<const float*>(feature.log_weight);
     const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
+    const auto headdim = static_cast<int>(p.headdim);
     for (int i = threadIdx.x / 32; i < kM; i += kWalkWarps) {
-      const float* row =
-          static_cast<const float*>(feature.omega) + (static_cast<int64_t>(head) * kM + i) * kD;
+      const bool exists = i < p.num_features;
+      const int64_t line = head * p.num_features + i;
+      const float* row = static_cast<const float*>(feature.omega) + line * headdim;
+      const int width = exists ? headdim : 0;
       float size = 0.0f;
-      for (int k = lane; k < kD; k += 32) size = fmaxf(size, fabsf(row[k]));
+      for (int k = lane; k < width; k += 32) size = fmaxf(size, fabsf(row[k]));
       const float exponent = fmaxf(binary_exponent(warp_max(size)), -100.0f);
       for (int k = lane; k < kD; k += 32) {
-        const float x = scale2(row[k], -exponent);
+        const float x = k < width ? scale2(row[k], -exponent) : 0.0f;
         const T part = from_float<T>(x);
         high[tile_offset<kD>(i, k)] = part;
         low[tile_offset<kD>(i, k)] = from_float<T>(x - to_float(part));
       }
       if (lane == 0) {
-        reinterpret_cast<FeatureLine*>(lines)[i] = {
-            scale2(scale, exponent),
-            weight ? weight[static_cast<int64_t>(head) * kM + i] * kLog2e : 0.0f};
+        auto& to = reinterpret_cast<FeatureLine*>(lines)[i];
+        to = {0.0f, -INFINITY};
+        if (exists) to = {scale2(scale, exponent), weight ? weight[line] * kLog2e : 0.0f};
       }
     }
   }
@@ -94,7 +98,7 @@ struct FeatureMap {
       square[1] = quad_sum(square[1]) * factor;
     }
     const auto* line = reinterpret_cast<const FeatureLine*>(lines);
-    if (p.kind == FeatureKind::kSoftmax) normalise_rows(line, u);
+    if (p.kind == FeatureKind::kSoftmax) normalise_rows(line, static_cast<int>(p.num_features), u);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       DIJIANG_UNROLL()
@@ -114,7 +118,7 @@ struct FeatureMap {
   }
 
   // u gain - log2 sum 2^(u gain)
-  __device__ __forceinline__ static void normalise_rows(const FeatureLine* line,
+  __device__ __forceinline__ static void normalise_rows(const FeatureLine* line, int features,
                                                         float (&u)[kM / 8][4]) {
     const int lane = threadIdx.x % 32;
     float top[2] = {kEmpty, kEmpty}, sum[2] = {0.0f, 0.0f};
@@ -122,7 +126,8 @@ struct FeatureMap {
     for (int t = 0; t < kM / 8; ++t) {
       DIJIANG_UNROLL()
       for (int e = 0; e < 4; ++e) {
-        u[t][e] *= line[8 * t + 2 * (lane % 4) + e % 2].gain;
+        const int column = 8 * t + 2 * (lane % 4) + e % 2;
+        u[t][e] = column < features ? u[t][e] * line[column].gain : -INFINITY;
         top[e / 2] = fmaxf(top[e / 2], u[t][e]);
       }
     }

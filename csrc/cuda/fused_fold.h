@@ -112,8 +112,9 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
       from = lane < 16 ? all.key(step.pos, step.slot).data
                        : all.value(step.pos, step.slot).data + first_column;
     }
-    copy_warp_rows<kD>(at<T>(Shared::keys), from, 0, row0, step.size);
-    copy_warp_rows<kV>(this->values(stage), from, 16, row0, step.size);
+    copy_warp_rows<kD>(at<T>(Shared::keys), from, 0, row0, step.size,
+                       static_cast<int>(params().headdim));
+    copy_warp_rows<kV>(this->values(stage), from, 16, row0, step.size, this->value_width());
   }
 
   // --- states ------------------------------------------------------------------------------------
@@ -121,8 +122,7 @@ struct FoldWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   // Before a chunk. Behind a barrier after the last update.
   __device__ __forceinline__ void save_state(int chunk) const {
     const int64_t cell = cell_of(a, chunk, kv_head);
-    this->save_tile(static_cast<__nv_bfloat16*>(a.work.states), cell);
-    this->write_sums(a.work.z, a.work.scale, cell);
+    this->save_tile(static_cast<__nv_bfloat16*>(a.work.states), a.work.z, a.work.scale, cell);
   }
 
   // --- the walk ----------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ FusedAttention plan_fused(const LinearAttentionParams& p, Arena& arena) {
   f.block_heads = heads_of_block(p);
 
   int64_t columns = 0;
-  with_fused_shape(p, [&](auto shape) { columns = p.headdim_v / shape.kValueDim; });
+  with_fused_shape(p, [&](auto shape) { columns = column_blocks(p, shape.kValueDim); });
   const int64_t blocks = p.num_heads / f.block_heads * columns;
   const int64_t wanted =
       kBlocksPerMultiprocessor * device_attribute(cudaDevAttrMultiProcessorCount);
@@ -128,7 +128,7 @@ void launch(const FusedAttention& f, cudaStream_t stream) {
   const Attention& a = f.attention;
   const LinearAttentionParams& p = a.params;
   const auto parts = static_cast<unsigned>(f.split ? a.max_chunks : p.num_seqs);
-  const auto columns = static_cast<unsigned>(p.headdim_v / Shape::kValueDim);
+  const unsigned columns = grid_size(column_blocks(p, Shape::kValueDim));
   if (f.split) {
     constexpr int shared = FusedShared<Shape, false>::bytes(0);
     const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);

@@ -17,8 +17,18 @@ struct FusedAttention {
 
 constexpr int kFoldColumns = 64;  // of v, a block of a walk
 
-// kValueDim: columns of v that a block takes; with more of them the block's work is done again for
-// the next ones.
+// Blocks of so many columns that headdim_v takes.
+inline int64_t column_blocks(const LinearAttentionParams& p, int columns) {
+  return (p.headdim_v + columns - 1) / columns;
+}
+// Columns of v of a state as tiles.
+__host__ __device__ inline int64_t tile_columns(const LinearAttentionParams& p) {
+  return (p.headdim_v + kFoldColumns - 1) / kFoldColumns * kFoldColumns;
+}
+
+// The sizes are those of tiles, which sizes of a call are rounded up to: what is not there is
+// zeros, and a feature that is not there counts nothing. kValueDim: columns of v that a block
+// takes; with more of them the block's work is done again for the next ones.
 template <class T_, int kHeadDim_, int kFeatures_>
 struct FusedShape {
   using T = T_;

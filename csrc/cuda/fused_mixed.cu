@@ -28,7 +28,7 @@ bool with_mixed_shape(const LinearAttentionParams& p, const Take& take) {
   return with_fused_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
     using T = typename Shape::T;
-    if (p.headdim_v % 128 == 0) {
+    if (tile_columns(p) % 128 == 0) {
       take(MixedShape<T, Shape::kHeadDim, 128, Shape::kFeatures>{});
     } else {
       take(MixedShape<T, Shape::kHeadDim, 64, Shape::kFeatures>{});
@@ -71,7 +71,7 @@ void launch_fused_mixed(const Attention& a, cudaStream_t stream) {
     allow_shared(attend_mixed<Rows>, Rows::kSharedBytes);
     DIJIANG_LAUNCH(attend_mixed<Rows>,
                    dim3(static_cast<unsigned>(a.max_chunks * a.row_tiles), heads,
-                        static_cast<unsigned>(p.headdim_v / Rows::kValueDim)),
+                        grid_size(column_blocks(p, Rows::kValueDim))),
                    kWalkThreads, Rows::kSharedBytes, stream, a);
   });
 }

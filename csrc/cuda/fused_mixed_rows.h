@@ -60,7 +60,7 @@ struct MixedRows : NearRows<Shape> {
 
   __device__ __forceinline__ void load_far() {
     const int64_t cell = cell_of(a, chunk_index(), this->kv_head);
-    const int64_t part_size = a.params.headdim_v * kM;
+    const int64_t part_size = tile_columns(a.params) * kM;
     const auto* states = static_cast<const __nv_bfloat16*>(a.work.states) +
                          cell * kParts * part_size + this->first_column * kM;
     copy_block(far(0), a.work.query_maps + static_cast<int64_t>(head) * Map::kBytes, Map::kBytes);

@@ -21,24 +21,20 @@ __global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks) attend_near(Atte
 
 // Calls take(NearShape) for the sizes of p; false where there is no kernel for them. 128 columns of
 // v at once where they go into it: for more than a block's the scores are computed again.
-template <class T, class Take>
-bool with_near_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim_v <= 0 || p.headdim_v % 64 != 0) return false;
-  const bool wide = p.headdim_v % 128 == 0;
-  if (p.headdim == 64) {
-    wide ? take(NearShape<T, 64, 128>{}) : take(NearShape<T, 64, 64>{});
-  } else if (p.headdim == 128) {
-    wide ? take(NearShape<T, 128, 128>{}) : take(NearShape<T, 128, 64>{});
-  } else {
-    return false;
-  }
-  return true;
-}
 template <class Take>
 bool with_near_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype == DType::kBFloat16) return with_near_shape<__nv_bfloat16>(p, take);
-  if (p.dtype == DType::kFloat16) return with_near_shape<__half>(p, take);
-  return false;
+  if (!sizes_are_pieces(p)) return false;
+  return with_16_bits(p, [&](auto x) {
+    using T = std::decay_t<decltype(x)>;
+    return with_tile_size(p.headdim, [&](auto dim) {
+      if (tile_columns(p) % 128 == 0) {
+        take(NearShape<T, dim(), 128>{});
+      } else {
+        take(NearShape<T, dim(), 64>{});
+      }
+      return true;
+    });
+  });
 }
 
 }  // namespace
@@ -64,7 +60,7 @@ void launch_fused_near(const Attention& a, cudaStream_t stream) {
     using Shape = decltype(shape);
     const dim3 grid(static_cast<unsigned>(a.max_chunks * a.row_tiles),
                     static_cast<unsigned>(p.num_heads),
-                    static_cast<unsigned>(p.headdim_v / Shape::kValueDim));
+                    grid_size(column_blocks(p, Shape::kValueDim)));
     allow_shared(attend_near<Shape>, Shape::kSharedBytes);
     DIJIANG_LAUNCH(attend_near<Shape>, grid, kWalkThreads, Shape::kSharedBytes, stream, a);
   });

@@ -131,26 +131,16 @@ __global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks)
 // --- what applies --------------------------------------------------------------------------------
 
 // Calls take(NearGradShape) for the sizes of p; false where there are no kernels for them.
-template <class T, class Take>
-bool with_grad_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.headdim == 64 && p.headdim_v == 64) {
-    take(NearGradShape<T, 64, 64>{});
-  } else if (p.headdim == 64 && p.headdim_v == 128) {
-    take(NearGradShape<T, 64, 128>{});
-  } else if (p.headdim == 128 && p.headdim_v == 64) {
-    take(NearGradShape<T, 128, 64>{});
-  } else if (p.headdim == 128 && p.headdim_v == 128) {
-    take(NearGradShape<T, 128, 128>{});
-  } else {
-    return false;
-  }
-  return true;
-}
 template <class Take>
 bool with_grad_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype == DType::kBFloat16) return with_grad_shape<__nv_bfloat16>(p, take);
-  if (p.dtype == DType::kFloat16) return with_grad_shape<__half>(p, take);
-  return false;
+  return with_16_bits(p, [&](auto x) {
+    return with_tile_size(p.headdim, [&](auto dim) {
+      return with_tile_size(p.headdim_v, [&](auto columns) {
+        take(NearGradShape<std::decay_t<decltype(x)>, dim(), columns()>{});
+        return true;
+      });
+    });
+  });
 }
 
 }  // namespace

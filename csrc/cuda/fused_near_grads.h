@@ -61,7 +61,7 @@ struct NearQueryGrads : NearWalk<Shape> {
     const int token = this->chunk->query_token + this->first_row + row;
     copy_warp_rows<kV>(this->values(1),
                        view_row<T>(b.params.grad_out, this->chunk->batch, this->head, token).data,
-                       0, row0, rows);
+                       0, row0, rows, this->value_width());
     wait_copies();
     __syncwarp();
     DIJIANG_UNROLL()
@@ -117,9 +117,10 @@ struct NearQueryGrads : NearWalk<Shape> {
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane / 4 + 8 * half;
       if (row >= rows) continue;
-      auto* to = reinterpret_cast<float2*>(b.work.near_q + (first_at + row) * kD);
+      auto* to = reinterpret_cast<float2*>(b.work.near_q + (first_at + row) * this->headdim());
       DIJIANG_UNROLL()
       for (int n = 0; n < kD / 8; ++n) {
+        if (8 * n >= this->headdim()) continue;
         to[4 * n + lane % 4] = make_float2(sum[n][2 * half] * scale, sum[n][2 * half + 1] * scale);
       }
     }
@@ -170,6 +171,12 @@ struct NearKeyGrads {
     clear(dv);
   }
   __device__ __forceinline__ int row(int half) const { return row0 + lane / 4 + 8 * half; }
+  __device__ __forceinline__ int headdim() const {
+    return static_cast<int>(b.forward.params.headdim);
+  }
+  __device__ __forceinline__ int headdim_v() const {
+    return static_cast<int>(b.forward.params.headdim_v);
+  }
 
   // The warp's rows of keys and values: place_of(r) is where key r of `count` stands.
   template <class PlaceOf>
@@ -181,8 +188,8 @@ struct NearKeyGrads {
       const Place at = place_of(r);
       from = lane < 16 ? keys.key(at.pos, at.slot).data : keys.value(at.pos, at.slot).data;
     }
-    copy_warp_rows<kD>(key_tile, from, 0, row0, count);
-    copy_warp_rows<kV>(value_tile, from, 16, row0, count);
+    copy_warp_rows<kD>(key_tile, from, 0, row0, count, headdim());
+    copy_warp_rows<kV>(value_tile, from, 16, row0, count, headdim_v());
   }
 
   __device__ __forceinline__ void load_queries(int stage, int head, int64_t begin, int count) {
@@ -191,8 +198,8 @@ struct NearKeyGrads {
     const int64_t token = token_of(chunk, begin + r);
     const T* from = lane < 16 ? view_row<T>(p.q, chunk.batch, head, token).data
                               : view_row<T>(b.params.grad_out, chunk.batch, head, token).data;
-    copy_warp_rows<kD>(query_tiles + stage * Shape::kKeyTile, from, 0, row0, count);
-    copy_warp_rows<kV>(grad_tiles + stage * Shape::kValueTile, from, 16, row0, count);
+    copy_warp_rows<kD>(query_tiles + stage * Shape::kKeyTile, from, 0, row0, count, headdim());
+    copy_warp_rows<kV>(grad_tiles + stage * Shape::kValueTile, from, 16, row0, count, headdim_v());
     const int mine = threadIdx.x;
     if (mine >= kTileRows) return;
     const int64_t at = row_index(p, p.num_heads, chunk.batch, head, token_of(chunk, begin));
@@ -291,19 +298,21 @@ struct NearKeyGrads {
     const auto scale = static_cast<float>(b.forward.params.scale);
     DIJIANG_UNROLL()
     for (int n = 0; n < kD / 8; ++n) {
+      if (8 * n >= headdim()) continue;
       give(true, 8 * n + 2 * (lane % 4),
            make_float2(dk[n][2 * half] * scale, dk[n][2 * half + 1] * scale));
     }
     DIJIANG_UNROLL()
     for (int n = 0; n < kV / 8; ++n) {
+      if (8 * n >= headdim_v()) continue;
       give(false, 8 * n + 2 * (lane % 4), make_float2(dv[n][2 * half], dv[n][2 * half + 1]));
     }
   }
   __device__ __forceinline__ float2* place_of(bool is_key, int64_t pos, int column) const {
     const LinearAttentionParams& p = b.forward.params;
     const int64_t at = row_index(p, p.num_kv_heads, chunk.batch, kv_head, token_of(chunk, pos));
-    return reinterpret_cast<float2*>(is_key ? b.work.near_k + at * kD + column
-                                            : b.work.grad_v + at * kV + column);
+    return reinterpret_cast<float2*>(is_key ? b.work.near_k + at * headdim() + column
+                                            : b.work.grad_v + at * headdim_v() + column);
   }
 
   // Adds the lane's part of a row to the gradients of the call's key at a position, and forgets it.

@@ -122,16 +122,18 @@ struct NearWalk {
     return shared + 2 * Shape::kKeyTile + tile % 2 * Shape::kValueTile;
   }
 
-  template <int kWidth>
-  __device__ __forceinline__ void copy_rows(T* tile, const T* from, int first_lane, int size) {
-    copy_warp_rows<kWidth>(tile, from, first_lane, row0, size);
+  __device__ __forceinline__ int headdim() const { return static_cast<int>(a.params.headdim); }
+  // Of the block's columns of v those that there are.
+  __device__ __forceinline__ int value_width() const {
+    return static_cast<int>(a.params.headdim_v) - first_column;
   }
 
   // Into the place of the second tile's keys: the same rows, of which each warp fills its own.
   __device__ __forceinline__ void load_queries() {
     const int row = row0 + lane % 16 < rows ? row0 + lane % 16 : 0;
     const int token = chunk->query_token + first_row + row;
-    copy_rows<kD>(keys(1), view_row<T>(a.params.q, chunk->batch, head, token).data, 0, rows);
+    copy_warp_rows<kD>(keys(1), view_row<T>(a.params.q, chunk->batch, head, token).data, 0, row0,
+                       rows, headdim());
   }
   __device__ __forceinline__ void take_queries() {
     DIJIANG_UNROLL()
@@ -159,8 +161,8 @@ struct NearWalk {
       const int64_t pos = tile.is_window ? window_begin + key : tile.is_hard ? position : key;
       from = lane < 16 ? all.key(pos, slot).data : all.value(pos, slot).data + first_column;
     }
-    copy_rows<kD>(keys(index), from, 0, tile.size);
-    copy_rows<kV>(values(index), from, 16, tile.size);
+    copy_warp_rows<kD>(keys(index), from, 0, row0, tile.size, headdim());
+    copy_warp_rows<kV>(values(index), from, 16, row0, tile.size, value_width());
   }
 
   // --- what rows see -----------------------------------------------------------------------------
@@ -387,7 +389,7 @@ struct NearRows : NearWalk<Shape> {
                             row_output(p, out[n + i][2 * half + 1] * down, end, scale));
       }
       transpose_quad(packed);
-      if (mine) {
+      if (mine && (n + j) * 8 < this->value_width()) {
         auto* to = static_cast<T*>(p.out) + at * p.headdim_v + first_column + (n + j) * 8;
         *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }

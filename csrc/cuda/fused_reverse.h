@@ -96,8 +96,9 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   }
   __device__ __forceinline__ void load_step(const Step& step, int turn) {
     if (!step.folds()) return;
-    copy_warp_rows<kD>(this->template at<T>(Shared::keys), step.from, 0, row0, step.size);
-    copy_warp_rows<kV>(this->values(turn), step.from, 16, row0, step.size);
+    copy_warp_rows<kD>(this->template at<T>(Shared::keys), step.from, 0, row0, step.size,
+                       static_cast<int>(params().headdim));
+    copy_warp_rows<kV>(this->values(turn), step.from, 16, row0, step.size, this->value_width());
     if (a.group > 1) load_map(step.head);  // of a group the heads come by turns
   }
 
@@ -106,8 +107,7 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   // Behind a chunk. After a barrier behind the last update.
   __device__ __forceinline__ void save_state(int chunk) const {
     const int64_t cell = cell_of(a, chunk, kv_head);
-    this->save_tile(b.work.reverse, cell);
-    this->write_sums(b.work.reverse_z, b.work.reverse_scale, cell);
+    this->save_tile(b.work.reverse, b.work.reverse_z, b.work.reverse_scale, cell);
   }
 
   template <class Between>
@@ -164,31 +164,35 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   // From the gradient of a sequence's final state, of which kv and z are multiples of 2^-log_scale.
   __device__ __forceinline__ void read_final(int64_t cell) {
     const bool given = b.grad_final_kv || b.grad_final_z;
-    this->each_element([&](int i, int n, float& x) {
-      x = b.grad_final_kv ? b.grad_final_kv[this->element(cell, i, n)] : 0.0f;
-    });
+    const int64_t features = params().num_features;
+    this->each_element([](int, int, float& x) { x = 0.0f; });
+    if (b.grad_final_kv) {
+      this->each_of_kv(cell, [&](int64_t at, int, float& x) { x = b.grad_final_kv[at]; });
+    }
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const float scale = given ? -b.final_log_scale[cell * kM + i] : kEmpty;
-      const bool any = given && -scale > kNone;
+      const bool exists = given && i < features;
+      const float scale = exists ? -b.final_log_scale[cell * features + i] : kEmpty;
+      const bool any = exists && -scale > kNone;
       this->template at<float>(Shared::scale)[i] = any ? scale : kEmpty;
       this->template at<float>(Shared::z)[i] =
-          any && b.grad_final_z ? -b.grad_final_z[cell * kM + i] : 0.0f;
+          any && b.grad_final_z ? -b.grad_final_z[cell * features + i] : 0.0f;
       this->template at<float>(Shared::rest)[i] = 0.0f;
     }
   }
   __device__ __forceinline__ void write_initial(int64_t cell) {
     const auto* log_scale = static_cast<const float*>(params().initial.log_scale);
     const float* scale = this->template at<float>(Shared::scale);
+    const int64_t features = params().num_features;
     if (b.grad_initial_kv) {
-      this->each_element([&](int i, int n, float& x) {
-        b.grad_initial_kv[this->element(cell, i, n)] =
-            scale2(x, log_scale[cell * kM + i] + scale[i]);
+      this->each_of_kv(cell, [&](int64_t at, int i, float& x) {
+        b.grad_initial_kv[at] = scale2(x, log_scale[cell * features + i] + scale[i]);
       });
     }
     if (!b.grad_initial_z || first_column != 0) return;
-    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      b.grad_initial_z[cell * kM + i] =
-          -scale2(this->template at<float>(Shared::z)[i], log_scale[cell * kM + i] + scale[i]);
+    for (int i = threadIdx.x; i < features; i += kWalkThreads) {
+      const int64_t at = cell * features + i;
+      b.grad_initial_z[at] =
+          -scale2(this->template at<float>(Shared::z)[i], log_scale[at] + scale[i]);
     }
   }
 };

@@ -37,6 +37,10 @@ struct StateWalk {
   __device__ __forceinline__ U* at(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
   }
+  // Of the block's columns of v those that there are.
+  __device__ __forceinline__ int value_width() const {
+    return static_cast<int>(params().headdim_v) - first_column;
+  }
   // One of the two stages.
   __device__ __forceinline__ T* values(int stage) const {
     return at<T>(Shared::values) + stage * (kTileRows * kV);
@@ -222,38 +226,49 @@ struct StateWalk {
       }
     }
   }
-  // Of kv, whose last dimension is the whole of headdim_v.
-  __device__ __forceinline__ int64_t element(int64_t cell, int i, int n) const {
-    return (cell * kM + i) * params().headdim_v + first_column + state_row(n);
+  // take(at, i, x): likewise of what is in memory, at its place in (cells, features, headdim_v).
+  template <class Take>
+  __device__ __forceinline__ void each_of_kv(int64_t cell, const Take& take) {
+    const auto features = static_cast<int>(params().num_features);
+    each_element([&](int i, int n, float& x) {
+      if (i >= features || state_row(n) >= value_width()) return;
+      take((cell * features + i) * params().headdim_v + first_column + state_row(n), i, x);
+    });
   }
   // cell: of (sequence or part, kv head). Null kv: empty.
   __device__ __forceinline__ void read_state(const float* kv, const float* z, const float* scale,
                                              int64_t cell) {
-    each_element([&](int i, int n, float& x) { x = kv ? kv[element(cell, i, n)] : 0.0f; });
+    each_element([](int, int, float& x) { x = 0.0f; });
+    if (kv) each_of_kv(cell, [&](int64_t at, int, float& x) { x = kv[at]; });
+    const int64_t features = params().num_features;
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const float x = kv ? z[cell * kM + i] : 0.0f;
+      const bool exists = kv && i < features;
+      const float x = exists ? z[cell * features + i] : 0.0f;
       at<float>(Shared::z)[i] = x;
-      at<float>(Shared::scale)[i] = kv ? scale[cell * kM + i] : kEmpty;
-      at<float>(Shared::rest)[i] = kv && !(x < 1.0f) ? 0.999f : 0.0f;
+      at<float>(Shared::scale)[i] = exists ? scale[cell * features + i] : kEmpty;
+      at<float>(Shared::rest)[i] = exists && !(x < 1.0f) ? 0.999f : 0.0f;
     }
   }
   // After a barrier behind the last update.
   __device__ __forceinline__ void write_state(float* kv, float* z, float* scale, int64_t cell) {
-    each_element([&](int i, int n, float& x) { kv[element(cell, i, n)] = x; });
-    write_sums(z, scale, cell);
+    each_of_kv(cell, [&](int64_t at, int, float& x) { kv[at] = x; });
+    write_sums(z, scale, cell, static_cast<int>(params().num_features));
   }
-  // By the block of the first columns.
-  __device__ __forceinline__ void write_sums(float* z, float* scale, int64_t cell) const {
+  // By the block of the first columns, of so many features.
+  __device__ __forceinline__ void write_sums(float* z, float* scale, int64_t cell,
+                                             int features) const {
     if (first_column != 0) return;
-    for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      z[cell * kM + i] = at<float>(Shared::z)[i];
-      scale[cell * kM + i] = at<float>(Shared::scale)[i];
+    for (int i = threadIdx.x; i < features; i += kWalkThreads) {
+      z[cell * features + i] = at<float>(Shared::z)[i];
+      scale[cell * features + i] = at<float>(Shared::scale)[i];
     }
   }
 
-  // The state as a tile that rows read, in parts.
-  __device__ __forceinline__ void save_tile(__nv_bfloat16* tiles, int64_t cell) const {
-    const int64_t part_size = params().headdim_v * kM;
+  // The state as a tile that rows read, in parts; its scales and z.
+  __device__ __forceinline__ void save_tile(__nv_bfloat16* tiles, float* z, float* scale,
+                                            int64_t cell) const {
+    write_sums(z, scale, cell, kM);
+    const int64_t part_size = tile_columns(params()) * kM;
     __nv_bfloat16* tile = tiles + cell * kParts * part_size + first_column * kM;
     DIJIANG_UNROLL()
     for (int n = 0; n < 2 * kStateTiles; ++n) {
@@ -282,6 +297,7 @@ struct StateWalk {
   __device__ __forceinline__ void add_part(const FoldParts& part, int64_t cell) {
     auto* factor = at<float>(Shared::factor);
     auto* part_factor = at<float>(Shared::top);
+    const int64_t features = params().num_features;
     __syncthreads();
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
       float& scale = at<float>(Shared::scale)[i];
@@ -293,16 +309,16 @@ struct StateWalk {
         before = fmaxf(before + step.whole, kEmpty);
         times = step.factor;
       }
-      const float local = part.scale[cell * kM + i];
+      const bool exists = i < features;
+      const float local = exists ? part.scale[cell * features + i] : kEmpty;
       scale = fmaxf(before, local);
       factor[i] = scale2(times, before - scale);
       part_factor[i] = scale2(1.0f, local - scale);
-      z = z * factor[i] + part.z[cell * kM + i] * part_factor[i];
+      z = z * factor[i] + (exists ? part.z[cell * features + i] * part_factor[i] : 0.0f);
     }
     __syncthreads();
-    each_element([&](int i, int n, float& x) {
-      x = x * factor[i] + part.kv[element(cell, i, n)] * part_factor[i];
-    });
+    each_element([&](int i, int, float& x) { x *= factor[i]; });
+    each_of_kv(cell, [&](int64_t at, int i, float& x) { x += part.kv[at] * part_factor[i]; });
   }
 };
 

@@ -69,7 +69,7 @@ FoldParts plan_parts(const Attention& a, Arena& arena) {
   const LinearAttentionParams& p = a.params;
   FoldParts parts{};
   const int64_t chunks = p.seqlen / a.chunk_size + 2;  // of a sequence at most
-  const int64_t blocks = p.num_seqs * p.num_kv_heads * (p.headdim_v / kFoldColumns);
+  const int64_t blocks = p.num_seqs * p.num_kv_heads * column_blocks(p, kFoldColumns);
   const int64_t wanted = kFoldBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
   int64_t count = blocks > 0 ? wanted / blocks : 1;
   if (count > chunks / kLeastChunks) count = chunks / kLeastChunks;
@@ -97,12 +97,14 @@ bool folds_apply(const LinearAttentionParams& p) {
 
 void plan_folds(Attention& a, Arena& arena) {
   const LinearAttentionParams& p = a.params;
-  const int64_t m = p.num_features, cells = a.max_chunks * p.num_kv_heads;
+  const int64_t cells = a.max_chunks * p.num_kv_heads;
+  int64_t m = 0;  // features of tiles
+  with_fused_shape(p, [&](auto shape) { m = shape.kFeatures; });
   Workspace& w = a.work;
   w.scale = arena.take<float>(cells * m);
   w.z = arena.take<float>(cells * m);
   with_fused_shape(p, [&](auto shape) {
-    w.states = arena.take<uint16_t>(cells * shape.kParts * p.headdim_v * m);
+    w.states = arena.take<uint16_t>(cells * shape.kParts * tile_columns(p) * m);
   });
   w.parts = plan_parts(a, arena);
 }
@@ -115,7 +117,7 @@ void launch_folds(const Attention& a, cudaStream_t stream) {
     const auto parts = static_cast<unsigned>(a.work.parts.count);
     const auto seqs = static_cast<unsigned>(p.num_seqs);
     const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
-    const auto columns = static_cast<unsigned>(p.headdim_v / kFoldColumns);
+    const unsigned columns = grid_size(column_blocks(p, kFoldColumns));
     if (parts > 1) {
       allow_shared(fold_parts<Shape>, bytes);
       DIJIANG_LAUNCH(fold_parts<Shape>, dim3(seqs * (parts - 1), kv_heads, columns), kWalkThreads,

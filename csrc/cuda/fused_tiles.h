@@ -48,12 +48,13 @@ __device__ inline void load_right_transposed(unsigned (&b)[4], const T* tile, in
 }
 
 // Copies the warp's rows [row0, row0 + 16) of a tile: row row0 + r begins where lane first_lane + r
-// says. Rows from `size` on: zeros.
+// says. Rows from `size` on and columns from `width` on: zeros.
 template <int kWidth, class T>
 __device__ __forceinline__ void copy_warp_rows(T* tile, const T* from, int first_lane, int row0,
-                                               int size) {
+                                               int size, int width) {
   constexpr int kPieces = kWidth / 8, kStep = 32 / kPieces;
   const int lane = threadIdx.x % 32, column = lane % kPieces * 8;
+  if (column >= width) size = 0;
   DIJIANG_UNROLL()
   for (int i = 0; i < 16; i += kStep) {
     const int r = i + lane / kPieces;

@@ -71,16 +71,20 @@ struct FusedChoice {
                                float length, float tokens) const {
     const Keys<T> keys{a, c, head};
     const int lane = threadIdx.x % kLanes;
+    const int key_pieces = static_cast<int>(a.params.headdim / 8);
     const int value_pieces = static_cast<int>(a.params.headdim_v / 8);
     float key_sums[kD / 64][8], means[kValuePieces][8];
     DIJIANG_UNROLL()
     for (int e = 0; e < 8; ++e) {
       DIJIANG_UNROLL()
-      for (int i = 0; i < kD / 64; ++i) key_sums[i][e] = choice.sums[(lane + kLanes * i) * 8 + e];
+      for (int i = 0; i < kD / 64; ++i) {
+        const int at = lane + kLanes * i;
+        key_sums[i][e] = at < key_pieces ? choice.sums[at * 8 + e] : 0.0f;
+      }
       DIJIANG_UNROLL()
       for (int i = 0; i < kValuePieces; ++i) {
         const int at = lane + kLanes * i;
-        means[i][e] = at < value_pieces ? choice.sums[kD + at * 8 + e] / tokens : 0.0f;
+        means[i][e] = at < value_pieces ? choice.sums[8 * (key_pieces + at) + e] / tokens : 0.0f;
       }
     }
     DIJIANG_UNROLL(1)
@@ -94,6 +98,7 @@ struct FusedChoice {
         float x[8];
         DIJIANG_UNROLL()
         for (int n = 0; n < kD / 64; ++n) {
+          if (lane + kLanes * n >= key_pieces) continue;
           widen(x, *piece(key, lane + kLanes * n));
           DIJIANG_UNROLL()
           for (int e = 0; e < 8; ++e) {
@@ -151,6 +156,7 @@ struct FusedChoice {
   __device__ __forceinline__ void load_keys(KeyGroup& group, const Keys<T>& keys, const Near& near,
                                             int first) const {
     const int lane = threadIdx.x % 32;
+    const auto pieces = static_cast<int>(keys.a.params.headdim / 8);
     const int mine = first + lane, slot = mine - near.sinks;
     unsigned long long address = 0;
     if (mine < near.all) {
@@ -166,7 +172,8 @@ struct FusedChoice {
           static_cast<uintptr_t>(__shfl_sync(~0u, address, 8 * n + lane / 4)));
       DIJIANG_UNROLL()
       for (int c = 0; c < kPieces; ++c) {
-        const uint4 bits = row ? *piece(row, 4 * c + lane % 4) : make_uint4(0, 0, 0, 0);
+        const int at = 4 * c + lane % 4;
+        const uint4 bits = row && at < pieces ? *piece(row, at) : make_uint4(0, 0, 0, 0);
         group.bits[n][c][0] = bits.x;
         group.bits[n][c][1] = bits.y;
         group.bits[n][c][2] = bits.z;
@@ -181,7 +188,7 @@ struct FusedChoice {
     for (int e = threadIdx.x; e < kBatch * kPieces * 4; e += kThreads) {
       const int row = e / (4 * kPieces), at = e % (4 * kPieces);
       uint4 bits = make_uint4(0, 0, 0, 0);
-      if (row < rows) {
+      if (row < rows && at < a.params.headdim / 8) {
         const int64_t pos = near.begin + (first + row) % near.count;
         const int query_head = head * a.group + (first + row) / near.count;
         bits = *piece(view_row<T>(a.params.q, c.batch, query_head, token_of(c, pos)).data, at);

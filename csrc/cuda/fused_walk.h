@@ -69,34 +69,36 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
 
   // --- tiles -------------------------------------------------------------------------------------
 
-  // The warp's own 16 rows of the tile at `first`; zeros behind the part's end.
+  __device__ __forceinline__ int headdim() const { return static_cast<int>(params().headdim); }
+  // The warp's own 16 rows of the tile at `first`, `width` columns from `from_column` on; zeros
+  // behind the part's end and behind those columns.
   template <int kWidth>
   __device__ __forceinline__ void load_rows(T* tile, const ConstView& view, int head, int first,
-                                            int first_column_ = 0) {
+                                            int width, int from_column = 0) {
     constexpr int kPieces = kWidth / 8, kStep = 32 / kPieces;
     const T* base = static_cast<const T*>(view.data) + batch * view.stride_batch +
                     head * view.stride_head + static_cast<int64_t>(token) * view.stride_seq +
-                    first_column_;
+                    from_column;
     const int column = lane % kPieces * 8;
     DIJIANG_UNROLL()
     for (int i = 0; i < 16; i += kStep) {
       const int row = row0 + i + lane / kPieces;
-      const bool inside = first + row < count;
+      const bool inside = first + row < count && column < width;
       const T* from = inside ? base + (first + row) * view.stride_seq + column : base;
       copy_async(tile + tile_offset<kWidth>(row, column), from, inside);
     }
   }
   __device__ __forceinline__ void load_keys(int first) {
-    load_rows<kD>(at<T>(Shared::keys), params().k, kv_head, first);
+    load_rows<kD>(at<T>(Shared::keys), params().k, kv_head, first, headdim());
   }
   __device__ __forceinline__ void load_queries(int first, int h) {
-    load_rows<kD>(at<T>(Shared::queries), params().q, first_head + h, first);
+    load_rows<kD>(at<T>(Shared::queries), params().q, first_head + h, first, headdim());
   }
   __device__ __forceinline__ T* values(int first) const {
     return Base::values(first / kTileRows % 2);
   }
   __device__ __forceinline__ void load_values(int first) {
-    load_rows<kV>(values(first), params().v, kv_head, first, first_column);
+    load_rows<kV>(values(first), params().v, kv_head, first, this->value_width(), first_column);
   }
 
   // --- decay -------------------------------------------------------------------------------------
@@ -393,7 +395,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
                             row_output(p, out[t + i][2 * half + 1], end, scale));
       }
       transpose_quad(packed);
-      if (mine) {
+      if (mine && (t + j) * 8 < this->value_width()) {
         auto* to = static_cast<T*>(p.out) + row * p.headdim_v + first_column + (t + j) * 8;
         *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }

@@ -220,8 +220,8 @@ TEST(EmulatedChoice, Half) { check_walks<__half>(); }
 TEST(EmulatedChoice, ManySlots) { check<__nv_bfloat16>(problem(700, 32, 4, 500)); }
 
 TEST(EmulatedChoice, Sizes) {
-  for (const auto& [dim, dim_v] :
-       std::vector<std::array<int, 2>>{{128, 128}, {64, 8}, {128, 72}, {64, 120}}) {
+  for (const auto& [dim, dim_v] : std::vector<std::array<int, 2>>{
+           {128, 128}, {64, 8}, {128, 72}, {64, 120}, {80, 80}, {8, 16}, {96, 96}, {120, 40}}) {
     Problem p = problem(120, 16, 3, 24);
     p.dim = dim;
     p.dim_v = dim_v;
@@ -374,7 +374,9 @@ TEST(EmulatedChoice, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 128; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 72; }));
   EXPECT_FALSE(applies([](Params& a) { a.dtype = dijiang::DType::kFloat32; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 76; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 192; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));

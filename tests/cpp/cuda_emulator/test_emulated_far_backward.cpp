@@ -26,8 +26,8 @@ using Gradients = emulated::Gradients<T>;
 using State = emulated::State<T>;
 using oracle::Problem;
 
-// Plain PyTorch at bfloat16 is 1e-2 to 9e-2 off (docs/cuda.md).
-constexpr double kTolerance = 2e-2;
+// Plain PyTorch at bfloat16 is 1e-2 to 9e-2 off (docs/cuda.md); of 128 features 1.4e-2 to 5.6e-2.
+constexpr double kTolerance = 2e-2, kWideTolerance = 2.8e-2;
 
 Problem problem(int seqlen) {
   Problem p;
@@ -58,7 +58,8 @@ std::string name(const Problem& p) {
 }
 
 void expect_fused(const Problem& p) {
-  EXPECT_EQ(ran("grad_far_chunks"), p.window == 0);
+  EXPECT_EQ(ran("grad_far_chunks") || ran("grad_far_chunk_keys"), p.window == 0);
+  EXPECT_EQ(ran("grad_far_chunk_queries"), ran("grad_far_chunk_keys"));
   EXPECT_EQ(ran("grad_far_queries") && ran("grad_far_keys") && ran("grad_window<"), p.window > 0);
   EXPECT_FALSE(ran("compute_features") || ran("grad_query_features") || ran("grad_inputs") ||
                ran("grad_near_queries"));
@@ -66,7 +67,8 @@ void expect_fused(const Problem& p) {
 }
 
 void compare(const Problem& p, const Gradients& got, const oracle::Result& want,
-             double limit = kTolerance) {
+             double limit = 0.0) {
+  if (limit == 0.0) limit = p.features > 64 ? kWideTolerance : kTolerance;
   const emulated::GradientErrors e = emulated::compare(p, got, want, limit);
   if (!std::getenv("DIJIANG_TEST_ERRORS")) return;
   std::printf("%s: inputs %.2e parameters %.2e decay %.2e\n", name(p).c_str(), e.inputs,
@@ -110,6 +112,51 @@ TEST(EmulatedFarBackward, Sizes) {
     p.kind = FeatureKind::kElu;
     p.decay = true;
     check(p);
+  }
+}
+
+// Of 128 features a block has queries or keys alone; of 64 where shared memory asks for it.
+TEST(EmulatedFarBackward, HalvesOfChunks) {
+  for (const auto& [dim, features, dim_v] :
+       std::vector<std::array<int, 3>>{{64, 128, 64}, {128, 128, 128}, {64, 64, 64}}) {
+    for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+      for (const bool decay : {false, true}) {
+        Problem p = problem(dim == 128 ? 75 : 150);
+        p.batch = 1;
+        p.heads = 3;
+        p.kind = kind;
+        p.decay = decay;
+        p.dim = dim;
+        p.features = features;
+        p.dim_v = dim_v;
+        p.scale = 1.0 / std::sqrt(dim);
+        p.fill(1, emulated::round_to<T>);
+        SCOPED_TRACE(name(p));
+        const Device device(kFew, features == 64 ? 99 * 1024 : 227 * 1024);
+        Call<T> call(p, 1);
+        const Gradients got = call.backward(0, p.seqlen);
+        expect_fused(p);
+        EXPECT_TRUE(ran("grad_far_chunk_keys") && !ran("grad_far_chunks"));
+        compare(p, got, oracle::run(p, true));
+      }
+    }
+  }
+}
+
+// Sizes between those of tiles: columns and features that are not there count nothing.
+TEST(EmulatedFarBackward, SizesBetween) {
+  for (const auto& [dim, features, dim_v] : std::vector<std::array<int, 3>>{
+           {80, 80, 80}, {32, 32, 32}, {96, 40, 96}, {8, 3, 120}, {120, 63, 40}}) {
+    for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+      Problem p = problem(dim == 32 ? 330 : 100);
+      p.kind = kind;
+      p.dim = dim;
+      p.features = features;
+      p.dim_v = dim_v;
+      p.scale = 1.0 / std::sqrt(dim);
+      p.decay = kind == FeatureKind::kElu;
+      check(p);
+    }
   }
 }
 
@@ -302,6 +349,11 @@ TEST(EmulatedFarBackward, UnsafeRows) {
       p.batch = 1;
       p.kind = kind;
       p.decay = decay;
+      if (decay) {
+        p.dim = 80;
+        p.features = kind == FeatureKind::kExp ? 40 : 100;  // the larger one: in halves
+        p.dim_v = 72;
+      }
       p.size = 30.0;
       p.beta = false;
       p.fill(5, emulated::round_to<T>);
@@ -483,6 +535,22 @@ TEST(EmulatedFarBackward, SizesBesideNearKeys) {
   }
 }
 
+TEST(EmulatedFarBackward, SizesBetweenBesideNearKeys) {
+  for (const auto& [dim, features, dim_v] :
+       std::vector<std::array<int, 3>>{{80, 80, 80}, {32, 32, 32}, {96, 100, 40}, {8, 3, 120}}) {
+    for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+      Problem p = mixed(230, 64, 4, dim == dim_v ? 20 : 0);
+      p.kind = kind;
+      p.dim = dim;
+      p.features = features;
+      p.dim_v = dim_v;
+      p.scale = 1.0 / std::sqrt(dim);
+      p.decay = kind == FeatureKind::kElu;
+      check(p);
+    }
+  }
+}
+
 TEST(EmulatedFarBackward, GroupsPackedAndPaddedBesideNearKeys) {
   for (const auto& [window, slots] : std::vector<std::array<int, 2>>{{64, 0}, {20, 12}}) {
     for (const bool decay : {false, true}) {
@@ -600,8 +668,10 @@ TEST(EmulatedFarBackward, AppliesWhereItShould) {
   };
   EXPECT_TRUE(applies([](Params&) {}));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 128; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 80; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
-  EXPECT_FALSE(applies([](Params& b) { b.forward.num_features = 128; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 128; }));
+  EXPECT_FALSE(applies([](Params& b) { b.forward.num_features = 136; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.window = 16; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.window = 64; }));
   EXPECT_TRUE(applies([](Params& b) {
@@ -611,8 +681,9 @@ TEST(EmulatedFarBackward, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& b) { b.forward.dtype = dijiang::DType::kFloat16; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.kind = FeatureKind::kGiven; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_dim = 2; }));
-  cuda_emulator::device().shared_bytes = 99 * 1024;  // enough for the forward
-  EXPECT_FALSE(applies([](Params&) {}));
+  cuda_emulator::device().shared_bytes = 99 * 1024;
+  EXPECT_TRUE(applies([](Params&) {}));
+  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 128; }));  // but for the forward
 }
 
 }  // namespace

@@ -269,6 +269,24 @@ TEST(EmulatedFused, Sizes) {
   }
 }
 
+// Sizes between those of tiles: columns and features that are not there count nothing.
+TEST(EmulatedFused, SizesBetween) {
+  for (const auto& [dim, features, dim_v] : std::vector<std::array<int, 3>>{
+           {80, 80, 80}, {32, 32, 32}, {96, 96, 40}, {8, 1, 200}, {120, 63, 136}}) {
+    for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+      Problem p = problem(dim == 32 ? 600 : 140);
+      p.kind = kind;
+      p.dim = dim;
+      p.features = features;
+      p.dim_v = dim_v;
+      p.scale = 1.0 / std::sqrt(dim);
+      p.decay = kind == FeatureKind::kElu;
+      check<__nv_bfloat16>(p);
+      if (features <= 64) check<__half>(p);
+    }
+  }
+}
+
 // One or two heads of a group in a block; shared memory that holds one alone.
 TEST(EmulatedFused, GroupedQueries) {
   for (const auto& [heads, kv_heads] : std::vector<std::array<int, 2>>{{8, 2}, {3, 1}, {4, 4}}) {
@@ -561,14 +579,18 @@ TEST(EmulatedFused, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& a) { a.kind = FeatureKind::kGiven; }));
   EXPECT_FALSE(applies([](Params& a) { a.window = 16; }));
   EXPECT_FALSE(applies([](Params& a) { a.sinks = 4; }));
-  EXPECT_FALSE(applies([](Params& a) { a.num_features = 96; }));
+  EXPECT_TRUE(applies([](Params& a) { a.num_features = 17; }));
+  EXPECT_FALSE(applies([](Params& a) { a.num_features = 96; }));  // of float16
   EXPECT_FALSE(applies([](Params& a) { a.num_features = 128; }));
   EXPECT_TRUE(applies([](Params& a) {
     a.num_features = 128;
     a.dtype = dijiang::DType::kBFloat16;
   }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 128; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 80; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));
   EXPECT_FALSE(applies([](Params& a) { a.v.stride_dim = 2; }));
   EXPECT_FALSE(applies([](Params& a) { a.k.data = static_cast<const char*>(a.k.data) + 8; }));

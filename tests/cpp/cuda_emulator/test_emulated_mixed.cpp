@@ -218,6 +218,31 @@ TEST(EmulatedMixed, Sizes) {
   }
 }
 
+// Sizes between those of tiles: columns and features that are not there count nothing.
+TEST(EmulatedMixed, SizesBetween) {
+  for (const int multiprocessors : {1, 64}) {  // in one part and in several
+    const Device device(multiprocessors);
+    for (const auto& [dim, dim_v, features] : std::vector<std::array<int, 3>>{
+             {80, 80, 80}, {32, 32, 32}, {96, 40, 96}, {8, 200, 1}, {120, 136, 63}}) {
+      for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+        Problem p = problem(multiprocessors == 1 ? 260 : 1700, 64, 4, dim == 96 ? 0 : 12);
+        p.kind = kind;
+        p.dim = dim;
+        p.dim_v = dim_v;
+        p.features = features;
+        p.scale = 1.0 / std::sqrt(dim);
+        p.decay = kind == FeatureKind::kElu;
+        if (multiprocessors > 1 && p.decay != (dim == 32)) continue;
+        p.heads = multiprocessors > 1 ? 1 : 2;
+        p.kv_heads = 1;
+        check<__nv_bfloat16>(p);
+        EXPECT_EQ(ran("fold_parts"), multiprocessors > 1);
+        if (features <= 64) check<__half>(p);
+      }
+    }
+  }
+}
+
 // Where multiprocessors would idle a sequence is cut into parts, whose number they decide.
 template <class T>
 void check_parts(Problem p, int multiprocessors) {
@@ -669,17 +694,25 @@ TEST(EmulatedMixed, AppliesWhereItShould) {
     a.cache.most = 3;
   }));
   EXPECT_FALSE(applies([](Params& a) { a.num_features = 0; }));
-  EXPECT_FALSE(applies([](Params& a) { a.num_features = 96; }));
+  EXPECT_TRUE(applies([](Params& a) { a.num_features = 17; }));
+  EXPECT_FALSE(applies([](Params& a) { a.num_features = 96; }));  // of float16
   EXPECT_FALSE(applies([](Params& a) { a.num_features = 128; }));
   EXPECT_TRUE(applies([](Params& a) {
     a.num_features = 128;
     a.dtype = dijiang::DType::kBFloat16;
   }));
+  EXPECT_FALSE(applies([](Params& a) {
+    a.num_features = 136;
+    a.dtype = dijiang::DType::kBFloat16;
+  }));
   EXPECT_FALSE(applies([](Params& a) { a.kind = FeatureKind::kGiven; }));
   EXPECT_FALSE(applies([](Params& a) { a.dtype = dijiang::DType::kFloat32; }));
   EXPECT_FALSE(applies([](Params& a) { a.num_heads = 0; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim = 80; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 80; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 76; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 0; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));
   EXPECT_FALSE(applies([](Params& a) { a.v.stride_dim = 2; }));

@@ -105,8 +105,16 @@ TEST(EmulatedNear, BFloat16) { check_windows<__nv_bfloat16>(); }
 TEST(EmulatedNear, Half) { check_windows<__half>(); }
 
 TEST(EmulatedNear, Sizes) {
-  for (const auto& [dim, dim_v] :
-       std::vector<std::array<int, 2>>{{64, 128}, {128, 64}, {128, 128}, {64, 192}, {128, 256}}) {
+  for (const auto& [dim, dim_v] : std::vector<std::array<int, 2>>{{64, 128},
+                                                                  {128, 64},
+                                                                  {128, 128},
+                                                                  {64, 192},
+                                                                  {128, 256},
+                                                                  {80, 80},
+                                                                  {32, 32},
+                                                                  {96, 200},
+                                                                  {8, 136},
+                                                                  {120, 40}}) {
     Problem p = problem(150, 64, 4);
     p.dim = dim;
     p.dim_v = dim_v;
@@ -523,8 +531,11 @@ TEST(EmulatedNear, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& a) { a.window = a.sinks = 0; }));
   EXPECT_FALSE(applies([](Params& a) { a.num_features = 64; }));
   EXPECT_FALSE(applies([](Params& a) { a.dtype = dijiang::DType::kFloat32; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim = 80; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 80; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 76; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 0; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));
   EXPECT_FALSE(applies([](Params& a) { a.v.stride_dim = 2; }));

@@ -93,8 +93,8 @@ TEST(EmulatedNearBackward, BFloat16) { check_windows<__nv_bfloat16>(); }
 TEST(EmulatedNearBackward, Half) { check_windows<__half>(); }
 
 TEST(EmulatedNearBackward, Sizes) {
-  for (const auto& [dim, dim_v] :
-       std::vector<std::array<int, 2>>{{64, 128}, {128, 64}, {128, 128}}) {
+  for (const auto& [dim, dim_v] : std::vector<std::array<int, 2>>{
+           {64, 128}, {128, 64}, {128, 128}, {80, 80}, {32, 32}, {96, 40}, {8, 120}}) {
     Problem p = problem(150, 64, 4);
     p.dim = dim;
     p.dim_v = dim_v;
@@ -263,6 +263,7 @@ TEST(EmulatedNearBackward, AppliesWhereItShould) {
   };
   EXPECT_TRUE(applies([](Params&) {}));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 128; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 80; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 64; }));  // beside far keys
   EXPECT_FALSE(applies([](Params& b) { b.forward.dtype = dijiang::DType::kFloat32; }));
