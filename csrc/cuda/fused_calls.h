@@ -58,11 +58,14 @@ inline bool sizes_are_pieces(const LinearAttentionParams& p) {
 }
 
 // Calls take(size) with the smallest size of tiles that has room for `count`, an integral_constant;
-// false where none has.
-template <class Take>
+// false where none up to kMost has.
+template <int kMost = 128, class Take>
 bool with_tile_size(int64_t count, const Take& take) {
-  if (count <= 0 || count > 128) return false;
+  if (count <= 0 || count > kMost) return false;
   if (count <= 64) return take(std::integral_constant<int, 64>{});
+  if constexpr (kMost > 128) {
+    if (count > 128) return take(std::integral_constant<int, 256>{});
+  }
   return take(std::integral_constant<int, 128>{});
 }
 // Calls take(x) with an x of the type of the inputs; false where they are not of 16 bits.

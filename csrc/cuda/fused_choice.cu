@@ -12,7 +12,7 @@ namespace {
 template <class Take>
 bool with_choice(const LinearAttentionParams& p, const Take& take) {
   return with_16_bits(p, [&](auto x) {
-    return with_tile_size(p.headdim, [&](auto dim) {
+    return with_tile_size<256>(p.headdim, [&](auto dim) {
       take(static_cast<FusedChoice<std::decay_t<decltype(x)>, dim()>*>(nullptr));
       return true;
     });
@@ -23,13 +23,17 @@ bool with_choice(const LinearAttentionParams& p, const Take& take) {
 
 bool fused_choice_applies(const LinearAttentionParams& p) {
   if (!fused_switched_on() || p.kind == FeatureKind::kGiven) return false;
-  if (!sizes_are_pieces(p) || p.headdim_v > 128) return false;  // novelty's pieces
+  if (!sizes_are_pieces(p)) return false;
   if (!has_whole_pieces(p.q) || !has_whole_pieces(p.k) || !has_whole_pieces(p.v)) return false;
   if (!state_begins_at_pieces(p.initial)) return false;
   size_t bytes = 0;
-  const bool has_sizes =
-      with_choice(p, [&](auto* work) { bytes = std::remove_pointer_t<decltype(work)>::bytes(p); });
-  return has_sizes && device_is_sm80() &&
+  bool has_room = false;  // novelty's, for values
+  with_choice(p, [&](auto* work) {
+    using Fused = std::remove_pointer_t<decltype(work)>;
+    bytes = Fused::bytes(p);
+    has_room = p.headdim_v <= Fused::kMostColumns;
+  });
+  return has_room && device_is_sm80() &&
          static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) >= bytes;
 }
 

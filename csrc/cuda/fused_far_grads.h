@@ -524,23 +524,23 @@ struct FarGrads : FarRows<Shape> {
     load_chunk();
     load_head(head);
     wait_for_all();
-    make_key_features();
-    __syncthreads();  // nobody reads the keys' map any more
+    make_key_features();  // behind its barrier nobody reads the keys' map
     load_map(Shared::query_map, 0, head);
     wait_for_all();
     finish_queries(head);
   }
 
   __device__ __forceinline__ void run_keys() {
+    const int first = kv_head * a.group;
     load_chunk();
     wait_for_all();
-    make_key_features();
+    make_key_features();  // behind its barrier nobody reads the keys' map
+    load_map(Shared::query_map, 0, first);
     DIJIANG_UNROLL(1)
     for (int h = 0; h < a.group; ++h) {
-      const int head = kv_head * a.group + h;
-      __syncthreads();  // nobody reads the last map and queries any more
+      const int head = first + h;
+      if (h > 0) __syncthreads();  // nobody reads the last queries any more
       load_head(head);
-      load_map(Shared::query_map, 0, head);
       wait_for_all();
       {
         float u[kM / 8][4];
@@ -548,10 +548,13 @@ struct FarGrads : FarRows<Shape> {
         make_query_features(u, head);
       }
       __syncthreads();
+      if (h + 1 < a.group) {
+        load_map(Shared::query_map, 0, head + 1);
+      } else {
+        load_map(Shared::key_map, 1, kv_head);
+      }
       add_queries();
     }
-    __syncthreads();
-    load_map(Shared::key_map, 1, kv_head);
     wait_for_all();
     finish_chunk();
   }

@@ -26,7 +26,7 @@ bool with_near_shape(const LinearAttentionParams& p, const Take& take) {
   if (!sizes_are_pieces(p)) return false;
   return with_16_bits(p, [&](auto x) {
     using T = std::decay_t<decltype(x)>;
-    return with_tile_size(p.headdim, [&](auto dim) {
+    return with_tile_size<256>(p.headdim, [&](auto dim) {
       if (tile_columns(p) % 128 == 0) {
         take(NearShape<T, dim(), 128>{});
       } else {

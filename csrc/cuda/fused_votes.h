@@ -51,8 +51,9 @@ struct FusedChoice {
 
   // --- novelty -----------------------------------------------------------------------------------
 
-  static constexpr int kLanes = 8;        // a candidate
-  static constexpr int kValuePieces = 2;  // of a lane at most
+  static constexpr int kLanes = 8;                        // a candidate
+  static constexpr int kValuePieces = kD <= 128 ? 2 : 4;  // of a lane at most
+  static constexpr int kMostColumns = 8 * kLanes * kValuePieces;
 
   __device__ static const uint4* piece(const T* row, int i) {
     return reinterpret_cast<const uint4*>(row + 8 * i);

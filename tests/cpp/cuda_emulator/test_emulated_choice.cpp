@@ -9,12 +9,13 @@
 #include <random>
 #include <string>
 
-#include "emulated_attention.h"
+#include "emulated_device.h"
 #include "emulated_kernels.h"
 
 namespace {
 
 using emulated::Call;
+using emulated::Device;
 using emulated::error;
 using emulated::forget_kernels;
 using emulated::ran;
@@ -220,8 +221,17 @@ TEST(EmulatedChoice, Half) { check_walks<__half>(); }
 TEST(EmulatedChoice, ManySlots) { check<__nv_bfloat16>(problem(700, 32, 4, 500)); }
 
 TEST(EmulatedChoice, Sizes) {
-  for (const auto& [dim, dim_v] : std::vector<std::array<int, 2>>{
-           {128, 128}, {64, 8}, {128, 72}, {64, 120}, {80, 80}, {8, 16}, {96, 96}, {120, 40}}) {
+  const Device device(emulated::kMany);
+  for (const auto& [dim, dim_v] : std::vector<std::array<int, 2>>{{128, 128},
+                                                                  {64, 8},
+                                                                  {128, 72},
+                                                                  {64, 120},
+                                                                  {80, 80},
+                                                                  {8, 16},
+                                                                  {96, 96},
+                                                                  {120, 40},
+                                                                  {256, 256},
+                                                                  {136, 200}}) {
     Problem p = problem(120, 16, 3, 24);
     p.dim = dim;
     p.dim_v = dim_v;
@@ -357,6 +367,7 @@ TEST(EmulatedChoice, ListsOnlyForFarKeys) {
 }
 
 TEST(EmulatedChoice, AppliesWhereItShould) {
+  const Device device(emulated::kMany);
   Problem p = problem(20, 16, 4, 8);
   p.fill(1, emulated::round_to<__half>);
   Call<__half> call(p, 1);
@@ -376,7 +387,8 @@ TEST(EmulatedChoice, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& a) { a.dtype = dijiang::DType::kFloat32; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim = 76; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim = a.headdim_v = 256; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 264; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 192; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));

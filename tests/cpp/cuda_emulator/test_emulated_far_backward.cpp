@@ -486,6 +486,10 @@ TEST(EmulatedFarBackward, OrderOfThreadsChangesNothing) {
     p.size = size;
     p.fill(9, emulated::round_to<T>);
     emulated::expect_same_in_any_order([&] { return all_gradients(p); });
+    if (size > 1.0) p.seqlen = 70;
+    p.features = 128;  // in halves
+    p.fill(9, emulated::round_to<T>);
+    emulated::expect_same_in_any_order([&] { return all_gradients(p); });
   }
 }
 

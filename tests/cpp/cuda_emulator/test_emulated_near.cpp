@@ -114,7 +114,9 @@ TEST(EmulatedNear, Sizes) {
                                                                   {32, 32},
                                                                   {96, 200},
                                                                   {8, 136},
-                                                                  {120, 40}}) {
+                                                                  {120, 40},
+                                                                  {256, 256},
+                                                                  {200, 72}}) {
     Problem p = problem(150, 64, 4);
     p.dim = dim;
     p.dim_v = dim_v;
@@ -534,7 +536,8 @@ TEST(EmulatedNear, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 80; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim = 76; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
+  EXPECT_TRUE(applies([](Params& a) { a.headdim = 256; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 264; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 0; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));

@@ -265,6 +265,7 @@ TEST(EmulatedNearBackward, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 128; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 80; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
+  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim = 256; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 64; }));  // beside far keys
   EXPECT_FALSE(applies([](Params& b) { b.forward.dtype = dijiang::DType::kFloat32; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_dim = 2; }));
