@@ -71,32 +71,15 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   if (part.index == 0) walk.write_initial(cell);
 }
 
-// Of far keys alone. Grid: chunk, kv head.
-template <class Shape>
+// Of far keys alone. The keys' half comes after that of the queries, whose unsafe rows it leaves
+// out. Grid: chunk, kv head (of the queries' half: query head).
+template <class Shape, FarPart kPart>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     grad_far_chunks(const __grid_constant__ FarBackward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
   Chunk c;
   if (!find_chunk(b.a, blockIdx.x, c)) return;
-  FarGrads<Shape, FarPart::kAll>(b, c, raw).run();
-}
-// Grid: chunk, query head.
-template <class Shape>
-__global__ void __launch_bounds__(kWalkThreads, 2)
-    grad_far_chunk_queries(const __grid_constant__ FarBackward b) {
-  DIJIANG_DYNAMIC_SHARED(raw);
-  Chunk c;
-  if (!find_chunk(b.a, blockIdx.x, c)) return;
-  FarGrads<Shape, FarPart::kQueries>(b, c, raw).run();
-}
-// After it, whose unsafe rows it leaves out. Grid: chunk, kv head.
-template <class Shape>
-__global__ void __launch_bounds__(kWalkThreads, 2)
-    grad_far_chunk_keys(const __grid_constant__ FarBackward b) {
-  DIJIANG_DYNAMIC_SHARED(raw);
-  Chunk c;
-  if (!find_chunk(b.a, blockIdx.x, c)) return;
-  FarGrads<Shape, FarPart::kKeys>(b, c, raw).run();
+  FarGrads<Shape, kPart>(b, c, raw).run();
 }
 
 template <class Shape>
@@ -360,15 +343,18 @@ void launch_chunk_grads(const FarBackward& b, cudaStream_t stream) {
   if constexpr (Shape::kFeatures == 64 && Shape::kValueDim == 64) {
     in_one = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= whole;
     if (in_one) {
-      allow_shared(grad_far_chunks<Shape>, whole);
-      DIJIANG_LAUNCH(grad_far_chunks<Shape>, kv_heads, kWalkThreads, whole, stream, b);
+      allow_shared(grad_far_chunks<Shape, FarPart::kAll>, whole);
+      DIJIANG_LAUNCH((grad_far_chunks<Shape, FarPart::kAll>), kv_heads, kWalkThreads, whole, stream,
+                     b);
     }
   }
   if (!in_one) {
-    allow_shared(grad_far_chunk_queries<Shape>, half);
-    DIJIANG_LAUNCH(grad_far_chunk_queries<Shape>, heads, kWalkThreads, half, stream, b);
-    allow_shared(grad_far_chunk_keys<Shape>, half);
-    DIJIANG_LAUNCH(grad_far_chunk_keys<Shape>, kv_heads, kWalkThreads, half, stream, b);
+    allow_shared(grad_far_chunks<Shape, FarPart::kQueries>, half);
+    DIJIANG_LAUNCH((grad_far_chunks<Shape, FarPart::kQueries>), heads, kWalkThreads, half, stream,
+                   b);
+    allow_shared(grad_far_chunks<Shape, FarPart::kKeys>, half);
+    DIJIANG_LAUNCH((grad_far_chunks<Shape, FarPart::kKeys>), kv_heads, kWalkThreads, half, stream,
+                   b);
   }
   constexpr int unsafe = UnsafeShared<Shape>::kFloats * static_cast<int>(sizeof(float));
   allow_shared(grad_unsafe_far_rows<Shape>, unsafe);

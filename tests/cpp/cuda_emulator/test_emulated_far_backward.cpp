@@ -58,8 +58,8 @@ std::string name(const Problem& p) {
 }
 
 void expect_fused(const Problem& p) {
-  EXPECT_EQ(ran("grad_far_chunks") || ran("grad_far_chunk_keys"), p.window == 0);
-  EXPECT_EQ(ran("grad_far_chunk_queries"), ran("grad_far_chunk_keys"));
+  EXPECT_EQ(ran("FarPart::kAll") || ran("FarPart::kKeys"), p.window == 0);
+  EXPECT_EQ(ran("FarPart::kQueries"), ran("FarPart::kKeys"));
   EXPECT_EQ(ran("grad_far_queries") && ran("grad_far_keys") && ran("grad_window<"), p.window > 0);
   EXPECT_FALSE(ran("compute_features") || ran("grad_query_features") || ran("grad_inputs") ||
                ran("grad_near_queries"));
@@ -136,7 +136,7 @@ TEST(EmulatedFarBackward, HalvesOfChunks) {
         Call<T> call(p, 1);
         const Gradients got = call.backward(0, p.seqlen);
         expect_fused(p);
-        EXPECT_TRUE(ran("grad_far_chunk_keys") && !ran("grad_far_chunks"));
+        EXPECT_TRUE(ran("FarPart::kKeys") && !ran("FarPart::kAll"));
         compare(p, got, oracle::run(p, true));
       }
     }
