@@ -12,10 +12,10 @@ Correctness, in float32, bfloat16 and float16, against the float64 oracles of di
 DCT, feature maps, causal_linear_attention and kernelized_attention with their gradients in q, k and
 v; in omega, log_weight, beta and log_decay for a few problems (`trained`). Kinds exp, softmax and
 elu; windows, sinks and hard keys (their number also by head); decay; two query heads a kv head;
-headdim 32 to 256; packed sequences; normalize=False; keys that grow with time, whose
-rows go exact. The law: the error is at most twice that of the same formula in plain PyTorch at that
-dtype, or the dtype's epsilon (float32: 1e-5 of the largest value, gradients 2e-5). Where plain
-PyTorch is not finite, ours has to be.
+headdim 32 to 256; packed sequences; normalize=False; keys that grow with time, whose rows go exact.
+The law: the error is at most twice that of the same formula in plain PyTorch at that dtype, or the
+dtype's epsilon (float32: 1e-5 of the largest value, gradients 2e-5). Where plain PyTorch is not
+finite, ours has to be.
 
 Not against an oracle: one-token updates and the choice of hard keys (against one call, against the
 reference); to the bit: an update replayed from a CUDA graph, a call on another stream, outputs

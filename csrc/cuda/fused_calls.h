@@ -68,7 +68,8 @@ bool with_tile_size(int64_t count, const Take& take) {
   }
   return take(std::integral_constant<int, 128>{});
 }
-// Calls take(x) with an x of the type of the inputs; false where they are not of 16 bits.
+// Calls take(x) with an x of the type of the inputs; false where they are not of 16 bits. Inside
+// further generic lambdas decltype(x) is a reference to g++ 12: std::decay_t.
 template <class Take>
 bool with_16_bits(const LinearAttentionParams& p, const Take& take) {
   if (p.dtype == DType::kBFloat16) return take(__nv_bfloat16{});

@@ -76,6 +76,17 @@ inline bool ran(const std::string& kernel) {
   return false;
 }
 
+// A problem with all kinds of features, elu with decay.
+template <class Check>
+void check_kinds_of(oracle::Problem p, const Check& check) {
+  using dijiang::FeatureKind;
+  for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
+    p.kind = kind;
+    p.decay = kind == FeatureKind::kElu;
+    check(p);
+  }
+}
+
 // A race would make results depend on the order in which threads run, and on which warp is ahead.
 template <class Run>
 void expect_same_in_any_order(const Run& run) {

@@ -82,6 +82,12 @@ struct Problem {
     draw(beta_q, beta ? heads : 0, 0.3, false);
     draw(beta_k, beta ? kv_heads : 0, 0.3, false);
   }
+  void resize(int dim_, int features_, int dim_v_) {
+    dim = dim_;
+    features = features_;
+    dim_v = dim_v_;
+    scale = 1.0 / std::sqrt(dim);
+  }
   int64_t row(int h, int heads_, int b, int t) const {
     return (int64_t{b} * heads_ + h) * seqlen + t;
   }

@@ -273,17 +273,12 @@ TEST(EmulatedFused, Sizes) {
 TEST(EmulatedFused, SizesBetween) {
   for (const auto& [dim, features, dim_v] : std::vector<std::array<int, 3>>{
            {80, 80, 80}, {32, 32, 32}, {96, 96, 40}, {8, 1, 200}, {120, 63, 136}}) {
-    for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
-      Problem p = problem(dim == 32 ? 600 : 140);
-      p.kind = kind;
-      p.dim = dim;
-      p.features = features;
-      p.dim_v = dim_v;
-      p.scale = 1.0 / std::sqrt(dim);
-      p.decay = kind == FeatureKind::kElu;
-      check<__nv_bfloat16>(p);
-      if (features <= 64) check<__half>(p);
-    }
+    Problem p = problem(dim == 32 ? 600 : 140);
+    p.resize(dim, features, dim_v);
+    emulated::check_kinds_of(p, [](const Problem& of_kind) {
+      check<__nv_bfloat16>(of_kind);
+      if (of_kind.features <= 64) check<__half>(of_kind);
+    });
   }
 }
 

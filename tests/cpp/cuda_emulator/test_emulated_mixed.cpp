@@ -224,21 +224,17 @@ TEST(EmulatedMixed, SizesBetween) {
     const Device device(multiprocessors);
     for (const auto& [dim, dim_v, features] : std::vector<std::array<int, 3>>{
              {80, 80, 80}, {32, 32, 32}, {96, 40, 96}, {8, 200, 1}, {120, 136, 63}}) {
-      for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax, FeatureKind::kElu}) {
-        Problem p = problem(multiprocessors == 1 ? 260 : 1700, 64, 4, dim == 96 ? 0 : 12);
-        p.kind = kind;
-        p.dim = dim;
-        p.dim_v = dim_v;
-        p.features = features;
-        p.scale = 1.0 / std::sqrt(dim);
-        p.decay = kind == FeatureKind::kElu;
-        if (multiprocessors > 1 && p.decay != (dim == 32)) continue;
-        p.heads = multiprocessors > 1 ? 1 : 2;
-        p.kv_heads = 1;
-        check<__nv_bfloat16>(p);
-        EXPECT_EQ(ran("fold_parts"), multiprocessors > 1);
-        if (features <= 64) check<__half>(p);
-      }
+      const bool parts = multiprocessors > 1;
+      Problem p = problem(parts ? 1700 : 260, 64, 4, dim == 96 ? 0 : 12);
+      p.resize(dim, features, dim_v);
+      p.heads = parts ? 1 : 2;
+      p.kv_heads = 1;
+      emulated::check_kinds_of(p, [parts](const Problem& of_kind) {
+        if (parts && of_kind.decay != (of_kind.dim == 32)) return;  // long
+        check<__nv_bfloat16>(of_kind);
+        EXPECT_EQ(ran("fold_parts"), parts);
+        if (of_kind.features <= 64) check<__half>(of_kind);
+      });
     }
   }
 }
