@@ -143,5 +143,7 @@ def test_softmax_mode_generates_as_the_teacher(prompts):
     student = dijiang.convert(copy.deepcopy(teacher), CONFIGS["near and far"])
     with dijiang.softmax_mode(student):
         assert torch.equal(generate(student, prompts), expected)
+    kernels = [m for m in student.modules() if isinstance(m, dijiang.modules.AttentionKernel)]
+    assert kernels and all(k.cache_layer is None for k in kernels)  # they hold no keys in memory
     dijiang.restore(student)
     assert torch.equal(generate(student, prompts), expected)

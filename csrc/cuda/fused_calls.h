@@ -77,22 +77,38 @@ bool with_16_bits(const LinearAttentionParams& p, const Take& take) {
   return false;
 }
 
+// Whether a slice of the call has 128 features: a last one of up to 64 is not worth it, and shared
+// memory must take the largest kernel.
+template <class T, int kHeadDim>
+bool has_wide_slices(const LinearAttentionParams& p) {
+  const int64_t last = p.num_features % 128;
+  if (p.num_features <= 64 || (p.num_features > 128 && last > 0 && last <= 64)) return false;
+  using Shape = FusedShape<T, kHeadDim, 128>;
+  const bool alone = p.window == 0 && p.sinks == 0;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
+         (alone ? FusedShared<Shape, true>::bytes(1) : FusedShared<Shape, false>::bytes(0));
+}
+
 // Calls take(FusedShape) for the sizes of p; false where there are no kernels for them.
 template <class Take>
 bool with_fused_shape(const LinearAttentionParams& p, const Take& take) {
-  if (!sizes_are_pieces(p)) return false;
+  if (!sizes_are_pieces(p) || p.num_features <= 0) return false;
+  // A softmax over features needs all of them at once.
+  const auto sliceable = p.kind != FeatureKind::kSoftmax;
+  if (!sliceable && p.num_features > 128) return false;
   return with_16_bits(p, [&](auto x) {
     using T = std::decay_t<decltype(x)>;
     return with_tile_size(p.headdim, [&](auto dim) {
-      return with_tile_size(p.num_features, [&](auto features) {
-        // Two parts of 128 features do not fit into registers.
-        if constexpr (std::is_same_v<T, __half> && features() > 64) {
-          return false;
-        } else {
-          take(FusedShape<T, dim(), features()>{});
+      // Two parts of 128 features do not fit into registers.
+      if constexpr (!std::is_same_v<T, __half>) {
+        if (has_wide_slices<T, dim()>(p)) {
+          take(FusedShape<T, dim(), 128>{});
           return true;
         }
-      });
+      }
+      if (!sliceable && p.num_features > 64) return false;
+      take(FusedShape<T, dim(), 64>{});
+      return true;
     });
   });
 }

@@ -28,7 +28,8 @@ __device__ inline int64_t part_cell(const FarBackward& b, int64_t seq, int part,
   return (seq * (b.work.parts.count - 1) + part - 1) * b.a.params.num_kv_heads + head;
 }
 
-// R of the parts alone, but for the first ones. Grid: (sequence, part), kv head, columns of v.
+// R of the parts alone, but for the first ones. Grid: (sequence, part), kv head, (slice, columns of
+// v).
 template <class Part>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     reverse_parts(const __grid_constant__ FarBackward b) {
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   if (blockIdx.z == 0 && threadIdx.x == 0) out.decay[cell] = walk.decay;
 }
 
-// R behind all chunks. Grid: (sequence, part), kv head, columns of v.
+// R behind all chunks. Grid: (sequence, part), kv head, (slice, columns of v).
 template <class Part>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     reverse_states(const __grid_constant__ FarBackward b) {
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(kThreads) write_near_keys(const __grid_constan
       static_cast<T*>(to)[row * width + e] = from_float<T>(near[row * width + e]);
     }
   };
-  write(b.grad_x[1], b.work.near[1], p.headdim);
-  write(b.grad_v, b.work.near_v, p.headdim_v);
+  write(b.grad_x[1], b.work.sums[1], p.headdim);
+  write(b.grad_v, b.work.sums_v, p.headdim_v);
 }
 
 // --- what applies --------------------------------------------------------------------------------
@@ -183,12 +184,12 @@ bool has_near(const LinearAttentionParams& p) { return p.window > 0 || p.sinks >
 template <class Take>
 bool with_far_shape(const LinearAttentionParams& p, const Take& take) {
   if (p.dtype != DType::kBFloat16) return false;
-  return with_tile_size(p.num_features, [&](auto features) {
-    return with_tile_size(p.headdim, [&](auto dim) {
-      return with_tile_size(p.headdim_v, [&](auto columns) {
-        take(FarShape<dim(), features(), columns()>{});
-        return true;
-      });
+  return with_tile_size(p.headdim_v, [&](auto columns) {
+    return with_fused_shape(p, [&](auto part) {
+      using Part = decltype(part);
+      if constexpr (std::is_same_v<typename Part::T, __nv_bfloat16>) {
+        take(FarShape<Part::kHeadDim, Part::kFeatures, columns()>{});
+      }
     });
   });
 }
@@ -227,6 +228,13 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   plan_hard_keys(a, arena);
   plan_folds(a, arena);
 
+  int64_t map_bytes = 0, m = 0;  // m: features of all tiles
+  with_far_shape(p, [&](auto shape) {
+    map_bytes = decltype(shape)::Map::kBytes;
+    b.slices = static_cast<int>(feature_slices(p, shape.kFeatures));
+    m = b.slices * shape.kFeatures;
+  });
+  b.has_near = has_near(p);
   b.grad_out = params.grad_out;
   b.grad_x[0] = params.grad_q;
   b.grad_x[1] = params.grad_k;
@@ -242,16 +250,11 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   FarWork& w = b.work;
   const int64_t tiles = a.max_chunks * a.row_tiles;
   const int64_t heads[kSides] = {p.num_heads, p.num_kv_heads};
-  int64_t map_bytes = 0, m = 0;  // features of tiles
-  with_far_shape(p, [&](auto shape) {
-    map_bytes = decltype(shape)::Map::kBytes;
-    m = shape.kFeatures;
-  });
   for (int side = 0; side < kSides; ++side) {
     const int64_t rows = p.batch * heads[side] * p.seqlen;
     const FeatureGrads& grad = b.grad_feature[side];
     const bool parameters = grad.omega || grad.log_weight;
-    w.maps[side] = arena.take<char>(heads[side] * map_bytes);
+    w.maps[side] = arena.take<char>(heads[side] * b.slices * map_bytes);
     w.total[side] = arena.take<float>(rows);
     w.square[side] = arena.take<float>(grad.beta ? rows : 0);
     w.slopes[side] = arena.take<__nv_bfloat16>(parameters ? rows * m : 0);
@@ -274,7 +277,11 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   w.reverse_scale = arena.take<float>(cells * m);
   w.reverse_z = arena.take<float>(cells * m);
   w.parts = plan_parts(a, arena);
-  w.unsafe = arena.take<unsigned>(has_near(p) ? 0 : tiles * p.num_heads * kWalkWarps);
+  w.unsafe = arena.take<unsigned>(b.has_near ? 0 : tiles * p.num_heads * kWalkWarps);
+  const bool has_sums = b.has_near || b.slices > 1;
+  w.sums[0] = arena.take<float>(has_sums ? rows * p.headdim : 0);
+  w.sums[1] = arena.take<float>(has_sums ? key_rows * p.headdim : 0);
+  w.sums_v = arena.take<float>(has_sums ? key_rows * p.headdim_v : 0);
 
   Backward& near = plan.near;
   near.params = params;
@@ -284,20 +291,17 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
   near.work.inverse = w.inverse;
   near.work.query_total = w.total[0];
   near.work.key_total = w.total[1];
-  if (!has_near(p)) return plan;
-  near.work.near_q = arena.take<float>(rows * p.headdim);
-  near.work.near_k = arena.take<float>(key_rows * p.headdim);
-  near.work.grad_v = arena.take<float>(key_rows * p.headdim_v);
+  if (!b.has_near) return plan;
+  near.work.near_q = w.sums[0];
+  near.work.near_k = w.sums[1];
+  near.work.grad_v = w.sums_v;
   near.work.sinks = arena.take<float>(tiles * p.num_heads * p.sinks * (p.headdim + p.headdim_v));
-  w.near[0] = near.work.near_q;
-  w.near[1] = near.work.near_k;
-  w.near_v = near.work.grad_v;
   return plan;
 }
 
 // --- launching -----------------------------------------------------------------------------------
 
-// What not all rows write: padding, tiles without rows, keys that are not folded. m: features of
+// What not all rows write: padding, tiles without rows, keys that are not folded. m: features of all
 // tiles.
 void clear_buffers(const Plan& plan, int64_t m, cudaStream_t stream) {
   const FarBackward& b = plan.far;
@@ -305,7 +309,7 @@ void clear_buffers(const Plan& plan, int64_t m, cudaStream_t stream) {
   const int64_t tokens = p.batch * p.seqlen;
   zero(b.work.square[0], tokens * p.num_heads, stream);
   zero(b.work.square[1], tokens * p.num_kv_heads, stream);
-  if (!has_near(p)) return;
+  if (!b.has_near) return;
   const int64_t rows = tokens * p.num_kv_heads;
   zero(b.work.total[1], rows, stream);
   zero(b.work.slopes[1], rows * m, stream);
@@ -320,15 +324,14 @@ void launch_reverse(const FarBackward& b, cudaStream_t stream) {
   constexpr int bytes = ReverseWalk<Part, true>::kBytes;
   const int64_t parts = b.work.parts.count;
   const unsigned kv_heads = grid_size(p.num_kv_heads);
-  const unsigned columns = grid_size(column_blocks(p, kFoldColumns));
+  const unsigned pieces = grid_size(column_blocks(p, kFoldColumns) * b.slices);
   if (parts > 1) {
     allow_shared(reverse_parts<Part>, bytes);
-    DIJIANG_LAUNCH(reverse_parts<Part>,
-                   dim3(grid_size(p.num_seqs * (parts - 1)), kv_heads, columns), kWalkThreads,
-                   bytes, stream, b);
+    DIJIANG_LAUNCH(reverse_parts<Part>, dim3(grid_size(p.num_seqs * (parts - 1)), kv_heads, pieces),
+                   kWalkThreads, bytes, stream, b);
   }
   allow_shared(reverse_states<Part>, bytes);
-  DIJIANG_LAUNCH(reverse_states<Part>, dim3(grid_size(p.num_seqs * parts), kv_heads, columns),
+  DIJIANG_LAUNCH(reverse_states<Part>, dim3(grid_size(p.num_seqs * parts), kv_heads, pieces),
                  kWalkThreads, bytes, stream, b);
 }
 
@@ -361,19 +364,25 @@ void launch_chunk_grads(const FarBackward& b, cudaStream_t stream) {
   DIJIANG_LAUNCH(grad_unsafe_far_rows<Shape>, kv_heads, kWalkThreads, unsafe, stream, b);
 }
 
-template <class Shape>
-void launch_side_grads(const Plan& plan, cudaStream_t stream) {
-  using T = typename Shape::T;
+template <class T>
+void launch_near_grads(const Plan& plan, cudaStream_t stream) {
   const FarBackward& b = plan.far;
   const LinearAttentionParams& p = b.a.params;
-  const unsigned tiles = grid_size(b.a.max_chunks * b.a.row_tiles);
   const unsigned kv_heads = grid_size(p.num_kv_heads);
   launch_fused_near_backward(plan.near, stream);
   if (p.sinks > 0) {
     DIJIANG_LAUNCH(sum_sink_gradients, dim3(grid_size(p.num_seqs * p.sinks), kv_heads), kThreads, 0,
                    stream, plan.near);
   }
-  DIJIANG_LAUNCH(write_near_keys<T>, dim3(tiles, kv_heads), kThreads, 0, stream, b);
+  DIJIANG_LAUNCH(write_near_keys<T>, dim3(grid_size(b.a.max_chunks * b.a.row_tiles), kv_heads),
+                 kThreads, 0, stream, b);
+}
+
+template <class Shape>
+void launch_side_grads(const FarBackward& b, cudaStream_t stream) {
+  const LinearAttentionParams& p = b.a.params;
+  const unsigned tiles = grid_size(b.a.max_chunks * b.a.row_tiles);
+  const unsigned kv_heads = grid_size(p.num_kv_heads);
   constexpr int bytes = SideShared<Shape>::kBytes;
   allow_shared(grad_far_queries<Shape>, bytes);
   DIJIANG_LAUNCH(grad_far_queries<Shape>, dim3(tiles, grid_size(p.num_heads)), kWalkThreads, bytes,
@@ -395,7 +404,8 @@ void launch_parameters(const Plan& plan, int number, const FeatureParams& featur
   if (side.grad.omega || side.grad.log_weight) {
     constexpr int bytes = 2 * kTileRows * (64 + Shape::kHeadDim) * 2;
     allow_shared(sum_omega<Shape>, bytes);
-    const dim3 grid(grid_size(plan.splits[number]), grid_size(side.heads), Shape::kFeatures / 64);
+    const dim3 grid(grid_size(plan.splits[number]), grid_size(side.heads),
+                    b.slices * Shape::kFeatures / 64);
     DIJIANG_LAUNCH(sum_omega<Shape>, grid, kWalkThreads, bytes, stream, b, number,
                    plan.split_tiles[number], plan.parameters[number]);
     const int64_t count = side.heads * p.num_features * (p.headdim + 1);
@@ -414,23 +424,29 @@ void launch_parameters(const Plan& plan, int number, const FeatureParams& featur
 template <class Shape>
 void launch_far_backward(const Plan& plan, cudaStream_t stream) {
   using Map = typename Shape::Map;
-  const FarBackward& b = plan.far;
+  FarBackward b = plan.far;
   const Attention& a = b.a;
   const LinearAttentionParams& p = a.params;
   const unsigned heads = grid_size(p.num_heads), kv_heads = grid_size(p.num_kv_heads);
-  clear_buffers(plan, Shape::kFeatures, stream);
+  const unsigned slices = grid_size(b.slices);
+  clear_buffers(plan, int64_t{b.slices} * Shape::kFeatures, stream);
   launch_chunks<typename Shape::T>(a, stream);
-  DIJIANG_LAUNCH(split_maps<Map>, heads, kWalkThreads, 0, stream, p, p.fq, b.work.maps[0]);
-  DIJIANG_LAUNCH(split_maps<Map>, kv_heads, kWalkThreads, 0, stream, p, p.fk, b.work.maps[1]);
+  DIJIANG_LAUNCH(split_maps<Map>, dim3(slices, heads), kWalkThreads, 0, stream, p, p.fq,
+                 b.work.maps[0]);
+  DIJIANG_LAUNCH(split_maps<Map>, dim3(slices, kv_heads), kWalkThreads, 0, stream, p, p.fk,
+                 b.work.maps[1]);
   DIJIANG_LAUNCH((prepare_rows<typename Shape::T, false>),
                  dim3(grid_size(a.max_chunks * a.row_tiles), heads), kThreads, 0, stream,
                  plan.near);
   launch_folds(a, stream);
   launch_reverse<typename Shape::Part>(b, stream);
-  if (has_near(p)) {
-    launch_side_grads<Shape>(plan, stream);
-  } else {
-    launch_chunk_grads<Shape>(b, stream);
+  if (b.has_near) launch_near_grads<typename Shape::T>(plan, stream);
+  for (b.slice = 0; b.slice < b.slices; ++b.slice) {
+    if (b.has_near) {
+      launch_side_grads<Shape>(b, stream);
+    } else {
+      launch_chunk_grads<Shape>(b, stream);
+    }
   }
   launch_parameters<Shape>(plan, 0, p.fq, stream);
   launch_parameters<Shape>(plan, 1, p.fk, stream);

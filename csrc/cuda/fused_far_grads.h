@@ -1,6 +1,6 @@
 // One block's work of the fused far backward: a chunk of 64 tokens of a kv head, 16 a warp, with
-// all query heads of its group, from the states that the walks left. Nothing hangs on another
-// chunk. Where registers or shared memory do not hold all of that, one block has the queries of a
+// all query heads of its group and one slice of the features, from the states that the walks left.
+// Nothing hangs on another chunk. Where registers or shared memory do not hold all of that, one block has the queries of a
 // head and another one the keys.
 //
 // With P the far weights over den, G = (do v - delta) with the chunk's decay, phi_q the features of
@@ -71,7 +71,7 @@ struct FarGrads : FarRows<Shape> {
   using Shared = FarShared<Shape, kPart != FarPart::kAll>;
 
   Chunk c;
-  int64_t index, cell;
+  int64_t index, place;  // place: of the states
   int kv_head, count;
   float da[kM / 8][4], dv[kV / 8][4];
 
@@ -81,7 +81,7 @@ struct FarGrads : FarRows<Shape> {
         index(blockIdx.x),
         kv_head(kPart == FarPart::kQueries ? blockIdx.y / backward.a.group : blockIdx.y),
         count(chunk.query_count) {
-    cell = cell_of(a, index, kv_head);
+    place = this->slice_at(cell_of(a, index, kv_head));
     clear(da);
     clear(dv);
   }
@@ -122,7 +122,7 @@ struct FarGrads : FarRows<Shape> {
                            0, row0, count, width);
   }
   __device__ __forceinline__ void load_map(int to, int number, int64_t head) {
-    copy_block(shared + to, work.maps[number] + head * Map::kBytes, Map::kBytes);
+    copy_block(shared + to, this->map_of(number, head), Map::kBytes);
   }
   __device__ __forceinline__ void load_head(int64_t head) {
     const LinearAttentionParams& p = params();
@@ -130,10 +130,10 @@ struct FarGrads : FarRows<Shape> {
     load_rows<kV>(Shared::grads, b.grad_out, head, this->headdim_v());
     const int mine = threadIdx.x;
     if (mine >= kTileRows) return;
-    const int64_t place = row_index(p, p.num_heads, c.batch, head, c.query_token) + mine;
+    const int64_t row = row_index(p, p.num_heads, c.batch, head, c.query_token) + mine;
     at<FarRow>(Shared::numbers)[mine] = mine < count
-                                            ? FarRow{static_cast<const float*>(p.row_scale)[place],
-                                                     work.inverse[place], work.delta[place]}
+                                            ? FarRow{static_cast<const float*>(p.row_scale)[row],
+                                                     work.inverse[row], work.delta[row]}
                                             : FarRow{0.0f, 0.0f, 0.0f};
   }
   __device__ __forceinline__ void load_chunk() {
@@ -144,10 +144,10 @@ struct FarGrads : FarRows<Shape> {
     constexpr int kBytes = Shape::kState * 2;
     if (kPart != FarPart::kKeys) {
       const T* states = static_cast<const T*>(a.work.states);
-      copy_block(shared + Shared::state, states + cell * Shape::kState, kBytes);
+      copy_block(shared + Shared::state, states + place * Shape::kState, kBytes);
     }
     if (kPart != FarPart::kQueries) {
-      copy_block(shared + Shared::reverse, work.reverse + cell * Shape::kState, kBytes);
+      copy_block(shared + Shared::reverse, work.reverse + place * Shape::kState, kBytes);
     }
     if (!a.has_decay) return;
     const double* levels = levels_of(a, index, kv_head);
@@ -177,15 +177,15 @@ struct FarGrads : FarRows<Shape> {
     __syncthreads();
     // Every warp for itself: they all write the same numbers.
     for (int i = lane; i < kM; i += 32) {
-      const int64_t place = cell * kM + i;
+      const int64_t feature = place * kM + i;
       const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
-      const float top = fmaxf(a.work.scale[place], ceilf(most));
-      const float factor = scale2(1.0f, a.work.scale[place] - top);
+      const float top = fmaxf(a.work.scale[feature], ceilf(most));
+      const float factor = scale2(1.0f, a.work.scale[feature] - top);
       at<float>(Shared::top)[i] = top;
       at<float>(Shared::factor)[i] = factor;
-      at<float>(Shared::z)[i] = a.work.z[place] * factor;
-      at<float>(Shared::reverse_scale)[i] = work.reverse_scale[place];
-      at<float>(Shared::rho)[i] = work.reverse_z[place];
+      at<float>(Shared::z)[i] = a.work.z[feature] * factor;
+      at<float>(Shared::reverse_scale)[i] = work.reverse_scale[feature];
+      at<float>(Shared::rho)[i] = work.reverse_z[feature];
     }
     __syncwarp();
     const float* top = at<float>(Shared::top);
@@ -421,10 +421,10 @@ struct FarGrads : FarRows<Shape> {
     const FarSide keys = side(1, kv_head);
     DIJIANG_UNROLL()
     for (int n = 0; n < kV / 8; n += 4) {
-      this->write_columns(keys, static_cast<T*>(b.grad_v), this->headdim_v(), 8 * n,
-                          [&](int half, int i) {
-                            return make_float2(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
-                          });
+      this->add_columns(keys, b.grad_v, work.sums_v, this->headdim_v(), 8 * n,
+                        [&](int half, int i) {
+                          return make_float2(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
+                        });
     }
   }
 

@@ -5,7 +5,8 @@
 
 namespace dijiang::cuda {
 
-// bfloat16, whose exponents reach as far as those of float. kValueDim: all columns of v.
+// bfloat16, whose exponents reach as far as those of float. kFeatures: of a slice. kValueDim: all
+// columns of v.
 template <int kHeadDim_, int kFeatures_, int kValueDim_>
 struct FarShape {
   using T = __nv_bfloat16;
@@ -19,30 +20,33 @@ struct FarShape {
 constexpr int kSides = 2;
 
 struct FarWork {
-  char* maps[kSides];  // (heads): omega as tiles in shared memory have it
+  char* maps[kSides];  // (heads, slices): omega as tiles in shared memory have it
   // Over (batch, heads, seqlen).
   float* delta;                   // do . o
   float* inverse;                 // 1 / row_sum; 0 for a row without weight
   float* total[kSides];           // sum over features of the exponents' gradients
   float* square[kSides];          // |x|^2 scale times that: what beta gets; null: not wanted
-  __nv_bfloat16* slopes[kSides];  // (.., features): gradient of omega x; null: not wanted
-  // What near keys give to the gradients of q, k and v; null: no near keys.
-  const float* near[kSides];
-  const float* near_v;
-  // Over (chunk, kv heads): the state R of the queries behind a chunk, as Workspace::states has
-  // that of the keys before it, its scale N, and rho.
+  __nv_bfloat16* slopes[kSides];  // (.., tiles' features): gradient of omega x; null: not wanted
+  // What near keys, and all slices but the last, give to the gradients of q, k and v; null: no near
+  // keys and one slice.
+  float* sums[kSides];
+  float* sums_v;
+  // Over (chunk, kv heads, slices): the state R of the queries behind a chunk, as Workspace::states
+  // has that of the keys before it, its scale N, and rho.
   __nv_bfloat16* reverse;
   float* reverse_scale;
   float* reverse_z;
   FoldParts parts;  // of its walk: of each sequence all but the first
   // Over (chunk, tile of 64 rows, heads, warps).
-  float* weights[kSides];  // (.., features): of log_weight, a warp's rows; null: not wanted
-  unsigned* unsafe;        // ballots of rows, as failed_rows reads them
+  float* weights[kSides];  // (.., tiles' features): of log_weight, a warp's rows; null: not wanted
+  unsigned* unsafe;        // ballots of rows of a slice, as failed_rows reads them
 };
 
 struct FarBackward {
   Attention a;  // with the states before chunks (fused_states.h)
   FarWork work;
+  int slice, slices;  // of the features: the one that a call of a kernel of rows takes, and all
+  bool has_near;
   ConstView grad_out;
   void* grad_x[kSides];
   void* grad_v;

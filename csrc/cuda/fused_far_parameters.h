@@ -9,12 +9,12 @@ namespace dijiang::cuda {
 
 // A split's part of grad omega and, in the last column, of grad log_weight, as grad_parameters
 // leaves them: the product of slopes and inputs over the tokens of so many tiles of 64. Each warp
-// has 16 features at a time. Grid: split, head, 64 features.
+// has 16 features at a time. Grid: split, head, 64 features of all slices.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads)
     sum_omega(const __grid_constant__ FarBackward b, int side, int split_tiles, float* parts) {
   using T = typename Shape::T;
-  constexpr int kD = Shape::kHeadDim, kM = Shape::kFeatures, kOwn = 64;
+  constexpr int kD = Shape::kHeadDim, kOwn = 64;
   DIJIANG_DYNAMIC_SHARED(raw);
   auto* slopes = reinterpret_cast<T*>(raw);   // two stages
   T* inputs = slopes + 2 * kTileRows * kOwn;  // likewise
@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kWalkThreads)
   const int64_t heads = side == 0 ? p.num_heads : p.num_kv_heads;
   const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first = static_cast<int>(blockIdx.z) * kOwn;
+  const int64_t m = int64_t{gridDim.z} * kOwn;
   const int64_t all = static_cast<int64_t>(a.work.first_chunk[p.num_seqs]) * a.row_tiles;
   const int64_t begin = int64_t{blockIdx.x} * split_tiles;
   const int64_t end = begin + split_tiles < all ? begin + split_tiles : all;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     if (mine < count) {
       const int token = c.query_token + row + mine;
       from = lane < 16
-                 ? b.work.slopes[side] + row_index(p, heads, c.batch, head, token) * kM + first
+                 ? b.work.slopes[side] + row_index(p, heads, c.batch, head, token) * m + first
                  : view_row<T>(x, c.batch, head, token).data;
     }
     const auto stage = static_cast<int>((tile - begin) % 2);
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     if (tile + 1 < end) load(tile + 1);
     if (weights && threadIdx.x < kOwn) {
       for (int w = 0; w < kWalkWarps; ++w) {
-        weight += weights[((tile * heads + head) * kWalkWarps + w) * kM + first + threadIdx.x];
+        weight += weights[((tile * heads + head) * kWalkWarps + w) * m + first + threadIdx.x];
       }
     }
     DIJIANG_UNROLL()

@@ -72,6 +72,17 @@ struct FarRows {
         [&](unsigned(&left)[4], int k) { load_left<kD>(left, tile, row0, k); });
   }
 
+  // The slice's first feature, of all; what a row of all tiles' features has.
+  __device__ __forceinline__ int first_feature() const { return b.slice * kM; }
+  __device__ __forceinline__ int all_features() const { return b.slices * kM; }
+  // The slice's place in what is over (.., slices).
+  __device__ __forceinline__ int64_t slice_at(int64_t place) const {
+    return place * b.slices + b.slice;
+  }
+  __device__ __forceinline__ const char* map_of(int number, int64_t head) const {
+    return work.maps[number] + slice_at(head) * Map::kBytes;
+  }
+
   __device__ __forceinline__ int headdim() const { return static_cast<int>(params().headdim); }
   __device__ __forceinline__ int headdim_v() const { return static_cast<int>(params().headdim_v); }
 
@@ -95,11 +106,38 @@ struct FarRows {
           make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
   }
-  // The lane's two numbers of a row and columns n on, of near keys' gradients.
-  __device__ __forceinline__ float2 near_pair(const float* near, const FarSide& side, int width,
-                                              int half, int n) const {
-    if (!near || side.place[half] < 0 || n >= width) return make_float2(0.0f, 0.0f);
-    return *reinterpret_cast<const float2*>(near + side.place[half] * width + n + 2 * (lane % 4));
+  // The slice's part of a gradient goes to what near keys and the slices before have left in sums;
+  // that of the last one out.
+  template <class Pairs>
+  __device__ __forceinline__ void add_columns(const FarSide& side, void* to, float* sums, int width,
+                                              int n, const Pairs& pair) const {
+    const bool any_before = b.has_near || b.slice > 0;
+    const auto exists = [&](int half, int i) { return side.place[half] >= 0 && n + 8 * i < width; };
+    const auto place = [&](int half, int i) {
+      return reinterpret_cast<float2*>(sums + side.place[half] * width + n + 8 * i +
+                                       2 * (lane % 4));
+    };
+    const auto sum = [&](int half, int i) {
+      const float2 x = pair(half, i);
+      const bool adds = any_before && exists(half, i);
+      const float2 before = adds ? *place(half, i) : make_float2(0.0f, 0.0f);
+      return make_float2(x.x + before.x, x.y + before.y);
+    };
+    if (b.slice + 1 == b.slices) {
+      write_columns(side, static_cast<T*>(to), width, n, sum);
+      return;
+    }
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      DIJIANG_UNROLL()
+      for (int i = 0; i < 4; ++i) {
+        if (exists(half, i)) *place(half, i) = sum(half, i);
+      }
+    }
+  }
+  // Likewise a number a row has.
+  __device__ __forceinline__ void add_number(float& to, float x) const {
+    to = b.slice > 0 ? to + x : x;
   }
 
   // From the gradient g of the exponents u (not read for kExp) to all that the side is given. tile:
@@ -112,7 +150,8 @@ struct FarRows {
       float sums[kM / 64][2];
       sum_over_rows(g, sums);
       float* to = work.weights[side.number] +
-                  ((side.tile * side.heads + side.head) * kWalkWarps + warp) * kM;
+                  ((side.tile * side.heads + side.head) * kWalkWarps + warp) * all_features() +
+                  first_feature();
       DIJIANG_UNROLL()
       for (int i = 0; i < kM / 64; ++i) {
         to[64 * i + lane / 4 * 8 + 2 * (lane % 4)] = sums[i][0];
@@ -127,7 +166,7 @@ struct FarRows {
       for (int t = 0; t < kM / 8; ++t) sum += g[t][2 * half] + g[t][2 * half + 1];
       total[half] = quad_sum(sum);
       if (side.place[half] >= 0 && lane % 4 == 0) {
-        work.total[side.number][side.place[half]] = total[half];
+        add_number(work.total[side.number][side.place[half]], total[half]);
       }
     }
     const auto* line = reinterpret_cast<const FeatureLine*>(map.lines);
@@ -135,9 +174,10 @@ struct FarRows {
     if (work.slopes[side.number]) {
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; t += 4) {
-        write_columns(side, work.slopes[side.number], kM, 8 * t, [&](int half, int i) {
-          return make_float2(g[t + i][2 * half], g[t + i][2 * half + 1]);
-        });
+        write_columns(side, work.slopes[side.number], all_features(), first_feature() + 8 * t,
+                      [&](int half, int i) {
+                        return make_float2(g[t + i][2 * half], g[t + i][2 * half + 1]);
+                      });
       }
     }
     write_inputs(side, tile, map, g, total);
@@ -155,7 +195,7 @@ struct FarRows {
       for (int e = 0; e < 4; ++e) {
         const int column = 8 * t + 2 * (lane % 4) + e % 2;
         const float log_phi = u[t][e] - line[column].weight;
-        if (side.place[e / 2] < 0 || column >= params().num_features) {
+        if (side.place[e / 2] < 0 || first_feature() + column >= params().num_features) {
           g[t][e] = 0.0f;
         } else if (kind == FeatureKind::kSoftmax) {
           g[t][e] -= fast_exp2(log_phi) * total[e / 2];
@@ -215,18 +255,16 @@ struct FarRows {
           }
         }
       }
-      write_columns(
-          side, static_cast<T*>(b.grad_x[side.number]), headdim(), n, [&](int half, int j) {
-            const float2 near = near_pair(work.near[side.number], side, headdim(), half, n + 8 * j);
-            return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
-          });
+      add_columns(
+          side, b.grad_x[side.number], work.sums[side.number], headdim(), n,
+          [&](int half, int j) { return make_float2(x[j][2 * half], x[j][2 * half + 1]); });
     }
     if (!has_beta || !work.square[side.number]) return;
     DIJIANG_UNROLL()
     for (int half = 0; half < 2; ++half) {
       const float size = quad_sum(square[half]) * static_cast<float>(p.scale);
       if (side.place[half] >= 0 && lane % 4 == 0) {
-        work.square[side.number][side.place[half]] = size * total[half];
+        add_number(work.square[side.number][side.place[half]], size * total[half]);
       }
     }
   }

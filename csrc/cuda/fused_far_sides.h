@@ -1,6 +1,6 @@
 // One block's work of the fused far backward where no chunk has far keys of its own, because near
 // ones stand beside them: 64 queries of a chunk against the state before it, or 64 keys that it
-// folds against the state R behind it. Both are the same, with phi a row's features at the scale
+// folds against the state R behind it, with one slice of the features. Both are the same, with phi a row's features at the scale
 // of the state, and x a row of gradients of the outputs, or of values:
 //   db = phi * (S do - delta z), phi decayed up to the query, over den
 //   da = phi * (R v - rho),      phi decayed up to the chunk's end;   dv = phi R
@@ -44,7 +44,7 @@ struct FarSides : FarRows<Shape> {
   using Shared = SideShared<Shape>;
 
   FarSide side;
-  int64_t cell;
+  int64_t place;  // of the state
   // Of the lane's two rows: phi = 2^(u + decay + scale of the state + shift) times.
   float decay[2] = {0.0f, 0.0f}, shift[2] = {0.0f, 0.0f}, times[2] = {0.0f, 0.0f};
   float delta[2] = {1.0f, 1.0f};
@@ -60,7 +60,7 @@ struct FarSides : FarRows<Shape> {
              kKeys ? backward.a.params.fk : backward.a.params.fq,
              {-1, -1},
              tile} {
-    cell = cell_of(a, index, kKeys ? head : head / a.group);
+    place = this->slice_at(cell_of(a, index, kKeys ? head : head / a.group));
   }
 
   template <class U>
@@ -72,12 +72,12 @@ struct FarSides : FarRows<Shape> {
   __device__ __forceinline__ void load(const T* from, int count) {
     copy_warp_rows<kD>(at<T>(Shared::rows), from, 0, row0, count, this->headdim());
     copy_warp_rows<kV>(at<T>(Shared::values), from, 16, row0, count, this->headdim_v());
-    copy_block(shared + Shared::map, work.maps[side.number] + side.head * Map::kBytes, Map::kBytes);
+    copy_block(shared + Shared::map, this->map_of(side.number, side.head), Map::kBytes);
     const T* states = kKeys ? work.reverse : static_cast<const T*>(a.work.states);
-    copy_block(shared + Shared::state, states + cell * Shape::kState, 2 * Shape::kState);
-    copy_block(shared + Shared::scale, (kKeys ? work.reverse_scale : a.work.scale) + cell * kM,
+    copy_block(shared + Shared::state, states + place * Shape::kState, 2 * Shape::kState);
+    copy_block(shared + Shared::scale, (kKeys ? work.reverse_scale : a.work.scale) + place * kM,
                Shared::kFloats);
-    copy_block(shared + Shared::z, (kKeys ? work.reverse_z : a.work.z) + cell * kM,
+    copy_block(shared + Shared::z, (kKeys ? work.reverse_z : a.work.z) + place * kM,
                Shared::kFloats);
     wait_copies();
     __syncthreads();
@@ -149,12 +149,9 @@ struct FarSides : FarRows<Shape> {
           multiply_add_16<T>(x[j], x[j + 1], left, right);
         }
       }
-      this->write_columns(
-          side, static_cast<T*>(b.grad_v), this->headdim_v(), n, [&](int half, int j) {
-            const float2 near =
-                this->near_pair(work.near_v, side, this->headdim_v(), half, n + 8 * j);
-            return make_float2(x[j][2 * half] + near.x, x[j][2 * half + 1] + near.y);
-          });
+      this->add_columns(
+          side, b.grad_v, work.sums_v, this->headdim_v(), n,
+          [&](int half, int j) { return make_float2(x[j][2 * half], x[j][2 * half + 1]); });
     }
   }
 

@@ -31,7 +31,7 @@ struct UnsafeRows {
   const FarBackward& b;
   const Attention& a;
   Chunk c;
-  int64_t index, cell;
+  int64_t index, place;  // place: of the state
   int kv_head, lane, warp;
   float* shared;
 
@@ -44,7 +44,7 @@ struct UnsafeRows {
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
         shared(raw) {
-    cell = cell_of(a, index, kv_head);
+    place = cell_of(a, index, kv_head) * b.slices + b.slice;
   }
 
   struct Side {
@@ -60,14 +60,21 @@ struct UnsafeRows {
     return {1, a.params.num_kv_heads, kv_head, a.params.fk, a.params.k};
   }
   __device__ const float* omega(const Side& side) const {
-    return static_cast<const float*>(side.feature.omega) + side.head * features() * headdim();
+    return static_cast<const float*>(side.feature.omega) + feature_at(side) * headdim();
   }
-  __device__ int features() const { return static_cast<int>(a.params.num_features); }
+  // The slice's.
+  __device__ int features() const {
+    const auto left = static_cast<int>(a.params.num_features) - b.slice * kM;
+    return left < kM ? left : kM;
+  }
+  __device__ int64_t feature_at(const Side& side) const {
+    return side.head * a.params.num_features + b.slice * kM;
+  }
   __device__ int headdim() const { return static_cast<int>(a.params.headdim); }
   __device__ int headdim_v() const { return static_cast<int>(a.params.headdim_v); }
   __device__ float log_weight(const Side& side, int i) const {
     const auto* weights = static_cast<const float*>(side.feature.log_weight);
-    return weights ? weights[side.head * features() + i] : 0.0f;
+    return weights ? weights[feature_at(side) + i] : 0.0f;
   }
   __device__ float beta(const Side& side) const {
     const auto* betas = static_cast<const float*>(side.feature.beta);
@@ -112,7 +119,7 @@ struct UnsafeRows {
   // Adds to a row's results what the gradient g of its exponents u means, by a warp.
   __device__ void finish_row(const Side& side, int row, const float* u, const float* g) const {
     const LinearAttentionParams& p = a.params;
-    const int64_t place = row_index(p, side.heads, c.batch, side.head, c.query_token + row);
+    const int64_t row_at = row_index(p, side.heads, c.batch, side.head, c.query_token + row);
     float* du = shared + Shared::slopes + warp * kM;
     float total = 0.0f;
     for (int n = 0; n < kOwn; ++n) total += g[lane + 32 * n];
@@ -120,7 +127,7 @@ struct UnsafeRows {
     for (int i = lane; i < features(); i += 32) {
       du[i] = linear_slope(p.kind, g[i], u[i], log_weight(side, i), total);
       if (b.work.slopes[side.number]) {
-        add_to(b.work.slopes[side.number] + place * kM + i, du[i]);
+        add_to(b.work.slopes[side.number] + (row_at * b.slices + b.slice) * kM + i, du[i]);
       }
     }
     __syncwarp();
@@ -130,28 +137,37 @@ struct UnsafeRows {
     for (int k = lane; k < headdim(); k += 32) {
       float dx = 0.0f;
       for (int i = 0; i < features(); ++i) dx = fmaf(omega(side)[i * headdim() + k], du[i], dx);
-      add_to(static_cast<T*>(b.grad_x[side.number]) + place * headdim() + k,
-             dx * root - twice * x[k]);
+      add_to_gradient(b.grad_x[side.number], b.work.sums[side.number], row_at * headdim() + k,
+                      dx * root - twice * x[k]);
     }
     const float square = square_of(x);
     if (lane == 0) {
-      b.work.total[side.number][place] += total;
-      if (b.work.square[side.number]) b.work.square[side.number][place] += square * total;
+      b.work.total[side.number][row_at] += total;
+      if (b.work.square[side.number]) b.work.square[side.number][row_at] += square * total;
     }
     __syncwarp();
   }
   __device__ static void add_to(T* place, float x) { *place = from_float<T>(to_float(*place) + x); }
+  // Where the slice's other rows have gone (FarRows::add_columns).
+  __device__ void add_to_gradient(void* to, float* sums, int64_t at, float x) const {
+    if (b.slice + 1 == b.slices) {
+      add_to(static_cast<T*>(to) + at, x);
+    } else {
+      sums[at] += x;
+    }
+  }
   __device__ float& weight_sum(const Side& side, int i) const {
-    return b.work.weights[side.number][(index * side.heads + side.head) * kWalkWarps * kM + i];
+    const int64_t row = (index * side.heads + side.head) * kWalkWarps;
+    return b.work.weights[side.number][(row * b.slices + b.slice) * kM + i];
   }
 
   // All keys' part in a row, and the row's own.
   __device__ void add_row(int64_t head, int row) {
     const LinearAttentionParams& p = a.params;
     const Side side = queries(head);
-    const int64_t place = row_index(p, p.num_heads, c.batch, head, c.query_token + row);
-    const float scale = static_cast<const float*>(p.row_scale)[place];
-    const float inverse = b.work.inverse[place], delta = b.work.delta[place];
+    const int64_t row_at = row_index(p, p.num_heads, c.batch, head, c.query_token + row);
+    const float scale = static_cast<const float*>(p.row_scale)[row_at];
+    const float inverse = b.work.inverse[row_at], delta = b.work.delta[row_at];
     const Row<T> grad = view_row<T>(b.grad_out, c.batch, head, c.query_token + row);
     const double* levels = a.has_decay ? levels_of(a, index, kv_head) : nullptr;
     float* query = shared + Shared::query;
@@ -187,14 +203,14 @@ struct UnsafeRows {
     if (i < kM) {
       float sum = 0.0f, product = 0.0f;
       for (int w = 0; w < kWalkWarps; ++w) sum += shared[Shared::sums + w * kM + i];
-      const T* state = static_cast<const T*>(a.work.states) + cell * Shape::kState;
+      const T* state = static_cast<const T*>(a.work.states) + place * Shape::kState;
       for (int j = 0; j < headdim_v(); ++j) {
         product = fmaf(grad[j], to_float(state[tile_offset<kM>(j, i)]), product);
       }
-      const float top = a.work.scale[cell * kM + i];
+      const float top = a.work.scale[place * kM + i];
       if (top > kNone) {
         const float decay = levels ? decay_between(levels, -1, row) : 0.0f;
-        sum += (product - delta * a.work.z[cell * kM + i]) * inverse *
+        sum += (product - delta * a.work.z[place * kM + i]) * inverse *
                exp2_scaled(query[i] + decay, top - scale);
       }
       shared[Shared::sums + i] = sum;
@@ -228,10 +244,10 @@ struct UnsafeRows {
     }
     if (!any) return;
     for (int s = warp; s < c.query_count; s += kWalkWarps) {
-      const int64_t place = row_index(p, p.num_kv_heads, c.batch, kv_head, c.query_token + s);
+      const int64_t row_at = row_index(p, p.num_kv_heads, c.batch, kv_head, c.query_token + s);
       for (int j = lane; j < headdim_v(); j += 32) {
-        add_to(static_cast<T*>(b.grad_v) + place * headdim_v() + j,
-               shared[Shared::values + s * kV + j]);
+        add_to_gradient(b.grad_v, b.work.sums_v, row_at * headdim_v() + j,
+                        shared[Shared::values + s * kV + j]);
       }
       finish_row(keys(), s, shared + Shared::keys + s * kM, shared + Shared::key_grads + s * kM);
     }

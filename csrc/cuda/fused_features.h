@@ -26,11 +26,11 @@ struct FeatureMap {
   const char* matrix;
   const char* lines;
 
-  // Writes a head's parameters, by a block of kWalkThreads. A row is first brought to [1/2, 1), so
-  // that float16 holds it.
+  // Writes the parameters of a head's features from `first` on, by a block of kWalkThreads. A row
+  // is first brought to [1/2, 1), so that float16 holds it.
   __device__ __forceinline__ static void store(const LinearAttentionParams& p,
-                                               const FeatureParams& feature, int head, char* matrix,
-                                               char* lines) {
+                                               const FeatureParams& feature, int head, int first,
+                                               char* matrix, char* lines) {
     const int lane = threadIdx.x % 32;
     auto* high = reinterpret_cast<T*>(matrix);
     T* low = high + kM * kD;
@@ -38,8 +38,8 @@ struct FeatureMap {
     const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
     const auto headdim = static_cast<int>(p.headdim);
     for (int i = threadIdx.x / 32; i < kM; i += kWalkWarps) {
-      const bool exists = i < p.num_features;
-      const int64_t line = head * p.num_features + i;
+      const bool exists = first + i < p.num_features;
+      const int64_t line = head * p.num_features + first + i;
       const float* row = static_cast<const float*>(feature.omega) + line * headdim;
       const int width = exists ? headdim : 0;
       float size = 0.0f;
@@ -151,12 +151,14 @@ struct FeatureMap {
   }
 };
 
-// A side's heads once a call, where each has many blocks. Grid: head.
+// A side's heads once a call, where each has many blocks; over (heads, slices). Grid: slice, head.
 template <class Map>
 __global__ void __launch_bounds__(kWalkThreads)
     split_maps(LinearAttentionParams p, FeatureParams feature, char* maps) {
-  char* to = maps + static_cast<int64_t>(blockIdx.x) * Map::kBytes;
-  Map::store(p, feature, static_cast<int>(blockIdx.x), to, to + Map::kMatrix);
+  const int64_t place = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  char* to = maps + place * Map::kBytes;
+  Map::store(p, feature, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x) * Map::kM, to,
+             to + Map::kMatrix);
 }
 
 }  // namespace dijiang::cuda

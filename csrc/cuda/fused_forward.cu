@@ -11,8 +11,8 @@ namespace {
 
 // --- kernels -------------------------------------------------------------------------------------
 
-// Grid: part, kv head, columns of v. The state of the part's keys alone, as it stands after the
-// last.
+// Grid: part, kv head, (slice, columns of v). The state of the part's keys alone, as it stands after
+// the last.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) walk_keys(FusedAttention f) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walk_keys(FusedAttention f) {
   }
 }
 
-// Grid: part (a sequence when not split), block_heads query heads, columns of v.
+// One slice of the features. Grid: part (a sequence when not split), block_heads query heads, columns
+// of v.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) walk_rows(FusedAttention f) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -123,28 +124,43 @@ FusedAttention plan_fused(const LinearAttentionParams& p, Arena& arena) {
   return f;
 }
 
+// Behind a slice that is not the last.
+void plan_sums(FusedAttention& f, Arena& arena) {
+  const LinearAttentionParams& p = f.attention.params;
+  int64_t slices = 1;
+  with_fused_shape(p, [&](auto shape) { slices = feature_slices(p, shape.kFeatures); });
+  const int64_t rows = p.batch * p.num_heads * p.seqlen;
+  for (int i = 0; i < 2 && i + 1 < slices; ++i) {
+    f.sums[i] = {arena.take<float>(rows * p.headdim_v), arena.take<float>(rows),
+                 arena.take<float>(rows)};
+  }
+}
+
 template <class Shape>
-void launch(const FusedAttention& f, cudaStream_t stream) {
+void launch(FusedAttention f, cudaStream_t stream) {
   const Attention& a = f.attention;
   const LinearAttentionParams& p = a.params;
   const auto parts = static_cast<unsigned>(f.split ? a.max_chunks : p.num_seqs);
   const unsigned columns = grid_size(column_blocks(p, Shape::kValueDim));
+  const auto slices = static_cast<int>(feature_slices(p, Shape::kFeatures));
   if (f.split) {
     constexpr int shared = FusedShared<Shape, false>::bytes(0);
     const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
     DIJIANG_LAUNCH(build_chunks, 1, kThreads, kThreads * sizeof(int), stream, a);
     allow_shared(walk_keys<Shape>, shared);
-    DIJIANG_LAUNCH((walk_keys<Shape>), dim3(parts, kv_heads, columns), kWalkThreads, shared, stream,
-                   f);
+    DIJIANG_LAUNCH((walk_keys<Shape>), dim3(parts, kv_heads, columns * slices), kWalkThreads,
+                   shared, stream, f);
     const int64_t tiles = ceil_div(p.num_features * (p.headdim_v + 1), kThreads);
     DIJIANG_LAUNCH(scan_states, dim3(static_cast<unsigned>(p.num_seqs * tiles), kv_heads), kThreads,
                    0, stream, a);
   }
   const int shared = FusedShared<Shape, true>::bytes(f.block_heads);
   allow_shared(walk_rows<Shape>, shared);
-  DIJIANG_LAUNCH((walk_rows<Shape>),
-                 dim3(parts, static_cast<unsigned>(p.num_heads / f.block_heads), columns),
-                 kWalkThreads, shared, stream, f);
+  for (f.slice = 0; f.slice < slices; ++f.slice) {
+    DIJIANG_LAUNCH((walk_rows<Shape>),
+                   dim3(parts, static_cast<unsigned>(p.num_heads / f.block_heads), columns),
+                   kWalkThreads, shared, stream, f);
+  }
 }
 
 }  // namespace
@@ -161,14 +177,16 @@ bool fused_forward_applies(const LinearAttentionParams& p) {
 
 size_t fused_forward_workspace(const LinearAttentionParams& params) {
   Arena arena(nullptr);
-  plan_fused(params, arena);
+  FusedAttention f = plan_fused(params, arena);
+  plan_sums(f, arena);
   return arena.used();
 }
 
 cudaError_t fused_forward(const LinearAttentionParams& params, void* workspace,
                           cudaStream_t stream) {
   Arena arena(workspace);
-  const FusedAttention f = plan_fused(params, arena);
+  FusedAttention f = plan_fused(params, arena);
+  plan_sums(f, arena);
   if (f.attention.params.num_seqs == 0) return cudaSuccess;
   with_fused_shape(params, [&](auto shape) { launch<decltype(shape)>(f, stream); });
   return cudaGetLastError();

@@ -7,19 +7,33 @@
 
 namespace dijiang::cuda {
 
+// A row's sums over the slices of features so far, over (batch, heads, seqlen).
+struct RowSums {
+  float* out;    // (.., headdim_v): of weights and values, times 2^-scale
+  float* den;    // of weights, likewise
+  float* scale;  // whole, or kEmpty
+};
+
 // A part is the stretch of a sequence that one block walks over: attention.chunk_size tokens, a
 // whole sequence when not split.
 struct FusedAttention {
   Attention attention;
-  int block_heads;  // query heads of one kv head that a block takes
-  bool split;       // the states before the parts lie in the workspace
+  int block_heads;   // query heads of one kv head that a block takes
+  bool split;        // the states before the parts lie in the workspace
+  int slice;         // of the features, that this call of the rows' kernel takes
+  RowSums sums[2];   // those behind slices of even and odd numbers; one slice: none
 };
 
 constexpr int kFoldColumns = 64;  // of v, a block of a walk
 
 // Blocks of so many columns that headdim_v takes.
-inline int64_t column_blocks(const LinearAttentionParams& p, int columns) {
+__host__ __device__ inline int64_t column_blocks(const LinearAttentionParams& p, int columns) {
   return (p.headdim_v + columns - 1) / columns;
+}
+// Slices of so many features that num_features takes. They know nothing of one another: far weights
+// are sums over features, and each feature has its own scale and state.
+__host__ __device__ inline int64_t feature_slices(const LinearAttentionParams& p, int features) {
+  return (p.num_features + features - 1) / features;
 }
 // Columns of v of a state as tiles.
 __host__ __device__ inline int64_t tile_columns(const LinearAttentionParams& p) {
@@ -27,8 +41,8 @@ __host__ __device__ inline int64_t tile_columns(const LinearAttentionParams& p) 
 }
 
 // The sizes are those of tiles, which sizes of a call are rounded up to: what is not there is
-// zeros, and a feature that is not there counts nothing. kValueDim: columns of v that a block
-// takes; with more of them the block's work is done again for the next ones.
+// zeros, and a feature that is not there counts nothing. kFeatures: of a slice. kValueDim: columns
+// of v that a block takes; with more of them the block's work is done again for the next ones.
 template <class T_, int kHeadDim_, int kFeatures_>
 struct FusedShape {
   using T = T_;

@@ -55,7 +55,8 @@ Attention plan_fused_mixed(const LinearAttentionParams& p, Arena& arena) {
   plan_hard_keys(a, arena);
   plan_folds(a, arena);
   with_mixed_shape(p, [&](auto rows) {
-    a.work.query_maps = arena.take<char>(p.num_heads * decltype(rows)::Map::kBytes);
+    const int64_t maps = p.num_heads * feature_slices(p, rows.kFeatures);
+    a.work.query_maps = arena.take<char>(maps * decltype(rows)::Map::kBytes);
   });
   return a;
 }
@@ -66,8 +67,9 @@ void launch_fused_mixed(const Attention& a, cudaStream_t stream) {
   with_mixed_shape(p, [&](auto rows) {
     using Rows = decltype(rows);
     const auto heads = static_cast<unsigned>(p.num_heads);
-    DIJIANG_LAUNCH(split_maps<typename Rows::Map>, heads, kWalkThreads, 0, stream, p, p.fq,
-                   a.work.query_maps);
+    DIJIANG_LAUNCH(split_maps<typename Rows::Map>,
+                   dim3(grid_size(feature_slices(p, Rows::kFeatures)), heads), kWalkThreads, 0,
+                   stream, p, p.fq, a.work.query_maps);
     allow_shared(attend_mixed<Rows>, Rows::kSharedBytes);
     DIJIANG_LAUNCH(attend_mixed<Rows>,
                    dim3(static_cast<unsigned>(a.max_chunks * a.row_tiles), heads,

@@ -14,7 +14,8 @@ struct MixedShape : NearShape<T_, kHeadDim_, kValueDim_> {
   using Map = FeatureMap<T_, kHeadDim_, kFeatures_>;
   static constexpr int kFeatures = kFeatures_;
   static constexpr int kParts = std::is_same_v<T_, __half> ? 2 : 1;
-  // Behind the walk: the query head's map, the state's parts, its scales, z. In bytes.
+  // Behind the walk, of one slice of the features at a time: the query head's map, the state's
+  // parts, its scales, z. In bytes.
   static constexpr int kStatePart = 2 * kValueDim_ * kFeatures;
   static constexpr int kFloats = kFeatures * static_cast<int>(sizeof(float));
   static constexpr int state = Map::kBytes;
@@ -58,19 +59,20 @@ struct MixedRows : NearRows<Shape> {
 
   // --- loading -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void load_far() {
-    const int64_t cell = cell_of(a, chunk_index(), this->kv_head);
+  __device__ __forceinline__ void load_far(int slice) {
+    const int64_t slices = feature_slices(a.params, kM);
+    const int64_t place = cell_of(a, chunk_index(), this->kv_head) * slices + slice;
     const int64_t part_size = tile_columns(a.params) * kM;
     const auto* states = static_cast<const __nv_bfloat16*>(a.work.states) +
-                         cell * kParts * part_size + this->first_column * kM;
-    copy_block(far(0), a.work.query_maps + static_cast<int64_t>(head) * Map::kBytes, Map::kBytes);
+                         place * kParts * part_size + this->first_column * kM;
+    copy_block(far(0), a.work.query_maps + (head * slices + slice) * Map::kBytes, Map::kBytes);
     DIJIANG_UNROLL()
     for (int part = 0; part < kParts; ++part) {
       copy_block(far(Shape::state + part * Shape::kStatePart), states + part * part_size,
                  Shape::kStatePart);
     }
-    copy_block(far(Shape::scale), a.work.scale + cell * kM, Shape::kFloats);
-    copy_block(far(Shape::z), a.work.z + cell * kM, Shape::kFloats);
+    copy_block(far(Shape::scale), a.work.scale + place * kM, Shape::kFloats);
+    copy_block(far(Shape::z), a.work.z + place * kM, Shape::kFloats);
   }
 
   // --- sums --------------------------------------------------------------------------------------
@@ -94,6 +96,7 @@ struct MixedRows : NearRows<Shape> {
     add_to_rows(b, decay);
   }
 
+  // A slice's part.
   __device__ __forceinline__ void add_far() {
     const int j = lane % 4;
     const auto* scale = reinterpret_cast<const float*>(far(Shape::scale));
@@ -163,9 +166,11 @@ struct MixedRows : NearRows<Shape> {
   __device__ __forceinline__ void run() {
     this->walk([&](int tile) { this->add_tile(tile); });
     const bool empty = !a.params.initial.kv && chunk->key_pos == 0;  // the state
-    if (!empty) {
-      __syncthreads();  // nobody reads the stages any more
-      load_far();
+    const auto slices = empty ? 0 : static_cast<int>(feature_slices(a.params, kM));
+    DIJIANG_UNROLL(1)
+    for (int slice = 0; slice < slices; ++slice) {
+      __syncthreads();  // nobody reads the stages, or the last slice, any more
+      load_far(slice);
       wait_copies();
       __syncthreads();
       if (row0 < rows) add_far();

@@ -90,7 +90,7 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
     return {params(), shared + Shared::key_omega, shared + Shared::key_lines};
   }
   __device__ __forceinline__ void load_map(int head) {
-    const char* from = b.work.maps[0] + int64_t{head} * Map::kBytes;
+    const char* from = b.work.maps[0] + this->slice_at(head) * Map::kBytes;
     copy_block(shared + Shared::key_omega, from, Map::kMatrix);
     copy_block(shared + Shared::key_lines, from + Map::kMatrix, Map::kLines);
   }
@@ -164,33 +164,33 @@ struct ReverseWalk : StateWalk<Shape, FusedShared<Shape, false>> {
   // From the gradient of a sequence's final state, of which kv and z are multiples of 2^-log_scale.
   __device__ __forceinline__ void read_final(int64_t cell) {
     const bool given = b.grad_final_kv || b.grad_final_z;
-    const int64_t features = params().num_features;
+    const int64_t place = this->feature_at(cell);
     this->each_element([](int, int, float& x) { x = 0.0f; });
     if (b.grad_final_kv) {
       this->each_of_kv(cell, [&](int64_t at, int, float& x) { x = b.grad_final_kv[at]; });
     }
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const bool exists = given && i < features;
-      const float scale = exists ? -b.final_log_scale[cell * features + i] : kEmpty;
+      const bool exists = given && i < this->feature_count();
+      const float scale = exists ? -b.final_log_scale[place + i] : kEmpty;
       const bool any = exists && -scale > kNone;
       this->template at<float>(Shared::scale)[i] = any ? scale : kEmpty;
       this->template at<float>(Shared::z)[i] =
-          any && b.grad_final_z ? -b.grad_final_z[cell * features + i] : 0.0f;
+          any && b.grad_final_z ? -b.grad_final_z[place + i] : 0.0f;
       this->template at<float>(Shared::rest)[i] = 0.0f;
     }
   }
   __device__ __forceinline__ void write_initial(int64_t cell) {
     const auto* log_scale = static_cast<const float*>(params().initial.log_scale);
     const float* scale = this->template at<float>(Shared::scale);
-    const int64_t features = params().num_features;
+    const int64_t place = this->feature_at(cell);
     if (b.grad_initial_kv) {
       this->each_of_kv(cell, [&](int64_t at, int i, float& x) {
-        b.grad_initial_kv[at] = scale2(x, log_scale[cell * features + i] + scale[i]);
+        b.grad_initial_kv[at] = scale2(x, log_scale[place + i] + scale[i]);
       });
     }
     if (!b.grad_initial_z || first_column != 0) return;
-    for (int i = threadIdx.x; i < features; i += kWalkThreads) {
-      const int64_t at = cell * features + i;
+    for (int i = threadIdx.x; i < this->feature_count(); i += kWalkThreads) {
+      const int64_t at = place + i;
       b.grad_initial_z[at] =
           -scale2(this->template at<float>(Shared::z)[i], log_scale[at] + scale[i]);
     }

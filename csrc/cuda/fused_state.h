@@ -1,6 +1,6 @@
 // What walks over keys have in common: the state of a block in registers, transposed, a quarter of
 // its columns of v a warp; its scales and z in shared memory; and how a tile of 64 keys, 16 a warp,
-// goes into it. FusedShared says where all lies.
+// goes into it. FusedShared says where all lies. A block has one slice of the features.
 #pragma once
 
 #include "cuda/attention_phases.h"
@@ -19,20 +19,40 @@ struct StateWalk {
 
   const Attention& a;
   char* shared;
-  int kv_head, first_column;
+  int kv_head, first_column, slice;
   int lane, warp, row0;
   float state[kStateTiles][kM / 8][4];  // columns of v by features, at the scale Shared::scale
 
-  __device__ __forceinline__ StateWalk(const Attention& attention, char* raw, int head)
+  // blockIdx.z counts blocks of columns, then slices from first_slice on.
+  __device__ __forceinline__ StateWalk(const Attention& attention, char* raw, int head,
+                                       int first_slice = 0)
       : a(attention),
         shared(raw),
         kv_head(head),
-        first_column(static_cast<int>(blockIdx.z) * kV),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
-        row0(threadIdx.x / 32 * 16) {}
+        row0(threadIdx.x / 32 * 16) {
+    const auto z = static_cast<int>(blockIdx.z);
+    const auto columns = static_cast<int>(column_blocks(params(), kV));
+    first_column = z % columns * kV;
+    slice = first_slice + z / columns;
+  }
 
   __device__ __forceinline__ const LinearAttentionParams& params() const { return a.params; }
+  // Of all features, the first one of the slice; and how many of the tile's there are.
+  __device__ __forceinline__ int first_feature() const { return slice * kM; }
+  __device__ __forceinline__ int feature_count() const {
+    const auto left = static_cast<int>(params().num_features) - first_feature();
+    return left < kM ? left : kM;
+  }
+  // Of the slice's first feature, in what memory has of a state over (cells, features); and of the
+  // slice, in what tiles are made of.
+  __device__ __forceinline__ int64_t feature_at(int64_t cell) const {
+    return cell * params().num_features + first_feature();
+  }
+  __device__ __forceinline__ int64_t slice_at(int64_t cell) const {
+    return cell * feature_slices(params(), kM) + slice;
+  }
   template <class U>
   __device__ __forceinline__ U* at(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
@@ -53,7 +73,7 @@ struct StateWalk {
   // --- keys --------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void store_key_map() {
-    Map::store(params(), params().fk, kv_head, shared + Shared::key_omega,
+    Map::store(params(), params().fk, kv_head, first_feature(), shared + Shared::key_omega,
                shared + Shared::key_lines);
   }
   // Exponents of the features of the warp's rows of a tile.
@@ -229,10 +249,11 @@ struct StateWalk {
   // take(at, i, x): likewise of what is in memory, at its place in (cells, features, headdim_v).
   template <class Take>
   __device__ __forceinline__ void each_of_kv(int64_t cell, const Take& take) {
-    const auto features = static_cast<int>(params().num_features);
+    const int features = feature_count();
+    const int64_t first = feature_at(cell);
     each_element([&](int i, int n, float& x) {
       if (i >= features || state_row(n) >= value_width()) return;
-      take((cell * features + i) * params().headdim_v + first_column + state_row(n), i, x);
+      take((first + i) * params().headdim_v + first_column + state_row(n), i, x);
     });
   }
   // cell: of (sequence or part, kv head). Null kv: empty.
@@ -240,36 +261,35 @@ struct StateWalk {
                                              int64_t cell) {
     each_element([](int, int, float& x) { x = 0.0f; });
     if (kv) each_of_kv(cell, [&](int64_t at, int, float& x) { x = kv[at]; });
-    const int64_t features = params().num_features;
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
-      const bool exists = kv && i < features;
-      const float x = exists ? z[cell * features + i] : 0.0f;
+      const bool exists = kv && i < feature_count();
+      const float x = exists ? z[feature_at(cell) + i] : 0.0f;
       at<float>(Shared::z)[i] = x;
-      at<float>(Shared::scale)[i] = exists ? scale[cell * features + i] : kEmpty;
+      at<float>(Shared::scale)[i] = exists ? scale[feature_at(cell) + i] : kEmpty;
       at<float>(Shared::rest)[i] = exists && !(x < 1.0f) ? 0.999f : 0.0f;
     }
   }
   // After a barrier behind the last update.
   __device__ __forceinline__ void write_state(float* kv, float* z, float* scale, int64_t cell) {
     each_of_kv(cell, [&](int64_t at, int, float& x) { kv[at] = x; });
-    write_sums(z, scale, cell, static_cast<int>(params().num_features));
+    write_sums(z, scale, feature_at(cell), feature_count());
   }
-  // By the block of the first columns, of so many features.
-  __device__ __forceinline__ void write_sums(float* z, float* scale, int64_t cell,
+  // By the block of the first columns, of so many features, from a place on.
+  __device__ __forceinline__ void write_sums(float* z, float* scale, int64_t place,
                                              int features) const {
     if (first_column != 0) return;
     for (int i = threadIdx.x; i < features; i += kWalkThreads) {
-      z[cell * features + i] = at<float>(Shared::z)[i];
-      scale[cell * features + i] = at<float>(Shared::scale)[i];
+      z[place + i] = at<float>(Shared::z)[i];
+      scale[place + i] = at<float>(Shared::scale)[i];
     }
   }
 
   // The state as a tile that rows read, in parts; its scales and z.
   __device__ __forceinline__ void save_tile(__nv_bfloat16* tiles, float* z, float* scale,
                                             int64_t cell) const {
-    write_sums(z, scale, cell, kM);
+    write_sums(z, scale, slice_at(cell) * kM, kM);
     const int64_t part_size = tile_columns(params()) * kM;
-    __nv_bfloat16* tile = tiles + cell * kParts * part_size + first_column * kM;
+    __nv_bfloat16* tile = tiles + slice_at(cell) * kParts * part_size + first_column * kM;
     DIJIANG_UNROLL()
     for (int n = 0; n < 2 * kStateTiles; ++n) {
       DIJIANG_UNROLL()
@@ -297,7 +317,7 @@ struct StateWalk {
   __device__ __forceinline__ void add_part(const FoldParts& part, int64_t cell) {
     auto* factor = at<float>(Shared::factor);
     auto* part_factor = at<float>(Shared::top);
-    const int64_t features = params().num_features;
+    const int64_t place = feature_at(cell);
     __syncthreads();
     for (int i = threadIdx.x; i < kM; i += kWalkThreads) {
       float& scale = at<float>(Shared::scale)[i];
@@ -309,12 +329,12 @@ struct StateWalk {
         before = fmaxf(before + step.whole, kEmpty);
         times = step.factor;
       }
-      const bool exists = i < features;
-      const float local = exists ? part.scale[cell * features + i] : kEmpty;
+      const bool exists = i < feature_count();
+      const float local = exists ? part.scale[place + i] : kEmpty;
       scale = fmaxf(before, local);
       factor[i] = scale2(times, before - scale);
       part_factor[i] = scale2(1.0f, local - scale);
-      z = z * factor[i] + (exists ? part.z[cell * features + i] * part_factor[i] : 0.0f);
+      z = z * factor[i] + (exists ? part.z[place + i] * part_factor[i] : 0.0f);
     }
     __syncthreads();
     each_element([&](int i, int, float& x) { x *= factor[i]; });

@@ -10,7 +10,8 @@ namespace {
 
 // --- kernels -------------------------------------------------------------------------------------
 
-// The states of parts alone, but for the last ones. Grid: (sequence, part), kv head, columns of v.
+// The states of parts alone, but for the last ones. Grid: (sequence, part), kv head, (slice, columns
+// of v).
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) fold_parts(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2) fold_parts(Attention a) {
   if (blockIdx.z == 0 && threadIdx.x == 0) out.decay[cell] = walk.decay;
 }
 
-// States before all chunks. Grid: (sequence, part), kv head, columns of v.
+// States before all chunks. Grid: (sequence, part), kv head, (slice, columns of v).
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) fold_states(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -69,7 +70,8 @@ FoldParts plan_parts(const Attention& a, Arena& arena) {
   const LinearAttentionParams& p = a.params;
   FoldParts parts{};
   const int64_t chunks = p.seqlen / a.chunk_size + 2;  // of a sequence at most
-  const int64_t blocks = p.num_seqs * p.num_kv_heads * column_blocks(p, kFoldColumns);
+  int64_t blocks = p.num_seqs * p.num_kv_heads * column_blocks(p, kFoldColumns);
+  with_fused_shape(p, [&](auto shape) { blocks *= feature_slices(p, shape.kFeatures); });
   const int64_t wanted = kFoldBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
   int64_t count = blocks > 0 ? wanted / blocks : 1;
   if (count > chunks / kLeastChunks) count = chunks / kLeastChunks;
@@ -98,8 +100,9 @@ bool folds_apply(const LinearAttentionParams& p) {
 void plan_folds(Attention& a, Arena& arena) {
   const LinearAttentionParams& p = a.params;
   const int64_t cells = a.max_chunks * p.num_kv_heads;
-  int64_t m = 0;  // features of tiles
-  with_fused_shape(p, [&](auto shape) { m = shape.kFeatures; });
+  int64_t m = 0;  // features of all tiles
+  with_fused_shape(
+      p, [&](auto shape) { m = feature_slices(p, shape.kFeatures) * shape.kFeatures; });
   Workspace& w = a.work;
   w.scale = arena.take<float>(cells * m);
   w.z = arena.take<float>(cells * m);
@@ -117,14 +120,15 @@ void launch_folds(const Attention& a, cudaStream_t stream) {
     const auto parts = static_cast<unsigned>(a.work.parts.count);
     const auto seqs = static_cast<unsigned>(p.num_seqs);
     const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
-    const unsigned columns = grid_size(column_blocks(p, kFoldColumns));
+    const unsigned pieces =
+        grid_size(column_blocks(p, kFoldColumns) * feature_slices(p, Shape::kFeatures));
     if (parts > 1) {
       allow_shared(fold_parts<Shape>, bytes);
-      DIJIANG_LAUNCH(fold_parts<Shape>, dim3(seqs * (parts - 1), kv_heads, columns), kWalkThreads,
+      DIJIANG_LAUNCH(fold_parts<Shape>, dim3(seqs * (parts - 1), kv_heads, pieces), kWalkThreads,
                      bytes, stream, a);
     }
     allow_shared(fold_states<Shape>, bytes);
-    DIJIANG_LAUNCH(fold_states<Shape>, dim3(seqs * parts, kv_heads, columns), kWalkThreads, bytes,
+    DIJIANG_LAUNCH(fold_states<Shape>, dim3(seqs * parts, kv_heads, pieces), kWalkThreads, bytes,
                    stream, a);
   });
 }

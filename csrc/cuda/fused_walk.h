@@ -52,7 +52,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
 
   __device__ __forceinline__ Walk(const FusedAttention& fused, char* raw, const Chunk& part,
                                   int head, int first_query_head)
-      : Base(fused.attention, raw, head),
+      : Base(fused.attention, raw, head, kRows ? fused.slice : 0),
         f(fused),
         batch(part.batch),
         first_head(first_query_head),
@@ -379,12 +379,76 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     }
   }
 
-  // One of the lane's two rows: outputs, 16 bytes a lane, and statistics.
+  // One of the lane's two rows of a slice: with those before it, to memory. What slices before have
+  // left stays as it is, as a row that fails is written again.
   __device__ __forceinline__ void write_row(int at_token, int h, bool mine, float den, float scale,
-                                            const float (&out)[kV / 8][4], int half) {
+                                            float (&out)[kV / 8][4], int half) {
+    const LinearAttentionParams& p = params();
+    const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
+    const bool is_last = this->first_feature() + kM >= p.num_features;
+    if (this->slice > 0 || !is_last) normalise_sums(den, scale, out, half);
+    if (mine && this->slice > 0) add_sums(f.sums[(this->slice + 1) % 2], row, den, scale, out, half);
+    if (is_last) {
+      finish(row, mine, den, scale, out, half);
+    } else if (mine) {
+      save_sums(f.sums[this->slice % 2], row, den, scale, out, half);
+    }
+  }
+  // den in [1/2, 1): that later keys of the chunk may have raised the scale shows in no bit of what
+  // is added to other slices, or of which one of them counts nothing.
+  __device__ __forceinline__ static void normalise_sums(float& den, float& scale,
+                                                        float (&out)[kV / 8][4], int half) {
+    if (den == 0.0f) scale = kEmpty;
+    if (!(den > 0.0f && den < 1e37f)) return;  // nothing, or not a number
+    const float shift = fmaxf(binary_exponent(den), -126.0f);
+    if (scale + shift - scale != shift) return;  // beyond 2^24
+    const float times = power_of_two(-shift);
+    scale += shift;
+    den *= times;
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kV / 8; ++t) {
+      out[t][2 * half] *= times;
+      out[t][2 * half + 1] *= times;
+    }
+  }
+  // take(t, i): the lane's two columns of part t, so far as there are any; in memory from i on.
+  template <class Take>
+  __device__ __forceinline__ void each_column(const Take& take) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kV / 8; ++t) {
+      if (8 * t < this->value_width()) take(t, first_column + 8 * t + 2 * (lane % 4));
+    }
+  }
+  __device__ __forceinline__ void add_sums(const RowSums& sums, int64_t row, float& den,
+                                           float& scale, float (&out)[kV / 8][4], int half) {
+    const float before = sums.scale[row], top = fmaxf(scale, before);
+    const float times = scale2(1.0f, scale - top), times_before = scale2(1.0f, before - top);
+    scale = top;
+    den = fmaf(den, times, sums.den[row] * times_before);
+    const float* from = sums.out + row * params().headdim_v;
+    each_column([&](int t, int column) {
+      const auto x = *reinterpret_cast<const float2*>(from + column);
+      out[t][2 * half] = fmaf(out[t][2 * half], times, x.x * times_before);
+      out[t][2 * half + 1] = fmaf(out[t][2 * half + 1], times, x.y * times_before);
+    });
+  }
+  __device__ __forceinline__ void save_sums(const RowSums& sums, int64_t row, float den,
+                                            float scale, const float (&out)[kV / 8][4], int half) {
+    float* to = sums.out + row * params().headdim_v;
+    each_column([&](int t, int column) {
+      *reinterpret_cast<float2*>(to + column) =
+          make_float2(out[t][2 * half], out[t][2 * half + 1]);
+    });
+    if (lane % 4 != 0 || first_column != 0) return;
+    sums.den[row] = den;
+    sums.scale[row] = scale;
+  }
+
+  // Outputs, 16 bytes a lane, and statistics.
+  __device__ __forceinline__ void finish(int64_t row, bool mine, float den, float scale,
+                                         const float (&out)[kV / 8][4], int half) {
     const LinearAttentionParams& p = params();
     const int j = lane % 4;
-    const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
     const RowEnd end = finish_row(p, den, scale);
     DIJIANG_UNROLL()
     for (int t = 0; t < kV / 8; t += 4) {
@@ -412,7 +476,8 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     this->store_key_map();
     if (kRows) {
       for (int h = 0; h < f.block_heads; ++h) {
-        Map::store(params(), params().fq, first_head + h, head_at(h), head_at(h) + Map::kMatrix);
+        Map::store(params(), params().fq, first_head + h, this->first_feature(), head_at(h),
+                   head_at(h) + Map::kMatrix);
       }
     }
     load_keys(0);

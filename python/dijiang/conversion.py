@@ -380,6 +380,8 @@ def _kernel(call: _Call, config: DiJiangConfig, hidden_size: int) -> AttentionKe
 
 def _before_attention(module, args, kwargs):
     """Tells the attention function the cache and the hidden states, which it is not given."""
+    if module.config._attn_implementation != NAME:  # softmax_mode: nobody would take them again
+        return
     kernel = module.dijiang
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     kernel.cache_layer = None if cache is None else cache.layers[module.layer_idx]

@@ -74,8 +74,8 @@ void compare(const Problem& p, const Gradients& got, const oracle::Result& want,
               e.parameters, e.decay);
 }
 
-void check(Problem p, unsigned seed = 1) {
-  p.fill(seed, emulated::round_to<T>);
+void check(Problem p) {
+  p.fill(1, emulated::round_to<T>);
   const oracle::Result want = oracle::run(p, true);
   for (const int multiprocessors : {kFew, kMany}) {
     SCOPED_TRACE(name(p) + " multiprocessors " + std::to_string(multiprocessors));
@@ -149,6 +149,27 @@ TEST(EmulatedFarBackward, SizesBetween) {
   }
 }
 
+// More features than a tile has, in slices of 64 or 128, alone and beside near keys.
+constexpr int kThreeSlices = 150;
+TEST(EmulatedFarBackward, Slices) {
+  for (const int window : {0, 64}) {
+    for (const auto& [dim, features, dim_v] : std::vector<std::array<int, 3>>{
+             {64, 256, 64}, {64, kThreeSlices, 64}, {128, 384, 128}, {80, 129, 72}}) {
+      for (const bool decay : {false, true}) {
+        Problem p = mixed(window > 0 || dim == 64 ? 230 : 75, window, window / 16, window / 4);
+        p.batch = dim == 128 ? 1 : 2;
+        p.heads = 4;
+        p.kv_heads = 2;
+        p.resize(dim, features, dim_v);
+        p.kind = decay ? FeatureKind::kElu : FeatureKind::kExp;
+        p.decay = decay;
+        if (features == 129) p.segments = {{0, 3, 40}, {1, 0, p.seqlen}};
+        check(p);
+      }
+    }
+  }
+}
+
 // Groups of one, of an even and of an odd number: two matrices take turns.
 TEST(EmulatedFarBackward, GroupedQueries) {
   for (const auto& [heads, kv_heads] : std::vector<std::array<int, 2>>{{8, 2}, {3, 1}, {4, 4}}) {
@@ -191,6 +212,7 @@ TEST(EmulatedFarBackward, ThroughTheState) {
     for (const int multiprocessors : {kFew, kMany}) {
       Problem p = problem(700);
       p.batch = 1;
+      if (multiprocessors == kMany && decay) p.features = kThreeSlices;
       p.decay = decay;
       p.fill(3, emulated::round_to<T>);
       SCOPED_TRACE(name(p) + " multiprocessors " + std::to_string(multiprocessors));
@@ -334,7 +356,8 @@ TEST(EmulatedFarBackward, NoSequences) {
 TEST(EmulatedFarBackward, UnsafeRows) {
   for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kElu}) {
     for (const bool decay : {false, true}) {
-      for (const int features : {64, 40, 100}) {  // 40, 100: between tiles; 100: in halves
+      // 40, 100: between tiles; 100 and more: in halves.
+      for (const int features : {64, 40, 100, kThreeSlices, 256}) {
         if (features != 64 && !decay) continue;
         Problem p = problem(150);
         p.batch = 1;
@@ -476,9 +499,11 @@ TEST(EmulatedFarBackward, OrderOfThreadsChangesNothing) {
     p.fill(9, emulated::round_to<T>);
     emulated::expect_same_in_any_order([&] { return all_gradients(p); });
     if (size > 1.0) p.seqlen = 70;
-    p.features = 128;  // in halves
-    p.fill(9, emulated::round_to<T>);
-    emulated::expect_same_in_any_order([&] { return all_gradients(p); });
+    for (const int features : {128, kThreeSlices}) {  // in halves
+      p.features = features;
+      p.fill(9, emulated::round_to<T>);
+      emulated::expect_same_in_any_order([&] { return all_gradients(p); });
+    }
   }
 }
 
@@ -634,6 +659,7 @@ TEST(EmulatedFarBackward, OrderOfThreadsChangesNothingBesideNearKeys) {
     Problem p = mixed(window == 16 ? 140 : 260, window, 3, slots);
     p.batch = 1;
     p.decay = true;
+    if (slots > 0) p.features = kThreeSlices;
     p.fill(9, emulated::round_to<T>);
     emulated::expect_same_in_any_order([&] { return all_gradients(p); });
   }
@@ -657,7 +683,7 @@ TEST(EmulatedFarBackward, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 80; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 128; }));
-  EXPECT_FALSE(applies([](Params& b) { b.forward.num_features = 136; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 500; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.window = 16; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.window = 64; }));
   EXPECT_TRUE(applies([](Params& b) {

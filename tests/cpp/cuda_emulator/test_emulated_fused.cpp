@@ -277,9 +277,39 @@ TEST(EmulatedFused, SizesBetween) {
     p.resize(dim, features, dim_v);
     emulated::check_kinds_of(p, [](const Problem& of_kind) {
       check<__nv_bfloat16>(of_kind);
-      if (of_kind.features <= 64) check<__half>(of_kind);
+      const bool in_one = of_kind.features <= 64;
+      if (in_one || of_kind.kind != FeatureKind::kSoftmax) check<__half>(of_kind);
     });
   }
+}
+
+// More features than a tile has, in slices of 64 or 128.
+constexpr int kThreeSlices = 150;
+TEST(EmulatedFused, Slices) {
+  for (const auto& [dim, features, dim_v, seqlen] : std::vector<std::array<int, 4>>{
+           {64, 256, 64, 140}, {64, 150, 64, 300}, {128, 384, 128, 80}, {80, 129, 200, 80}}) {
+    for (const bool decay : {false, true}) {
+      Problem p = problem(seqlen);
+      p.resize(dim, features, dim_v);
+      p.kind = decay ? FeatureKind::kElu : FeatureKind::kExp;
+      p.decay = decay;
+      check<__nv_bfloat16>(p);
+      if (features < 200) check<__half>(p);
+    }
+  }
+}
+
+// Shared memory that holds no tile of 128 features: two slices.
+TEST(EmulatedFused, SlicesOfSmallDevices) {
+  Problem p = problem(90);
+  p.resize(128, 128, 64);
+  p.fill(1, emulated::round_to<__nv_bfloat16>);
+  const Device device(kFew, 163 * 1024);
+  Call<__nv_bfloat16> call(p, 1);
+  State<__nv_bfloat16> state(p);
+  ASSERT_EQ(call.forward(&state), cudaSuccess);
+  EXPECT_TRUE(ran("walk_rows"));
+  compare(p, call, state, oracle::run(p, false));
 }
 
 // One or two heads of a group in a block; shared memory that holds one alone.
@@ -309,8 +339,12 @@ TEST(EmulatedFused, NotNormalizedAndEps) {
     check<__nv_bfloat16>(p);
     p.size = 0.3;  // sums that float16 holds
     check<__half>(p);
+    p.features = kThreeSlices;
+    check<__half>(p);
     p.normalize = true;
     p.eps = 0.5;
+    check<__nv_bfloat16>(p);
+    p.features = 64;
     check<__nv_bfloat16>(p);
     p.beta = p.log_weight = false;
     check<__nv_bfloat16>(p);
@@ -324,6 +358,8 @@ TEST(EmulatedFused, PackedAndPadded) {
     p.segments = {{0, 0, 1}, {0, 1, 400}, {0, 400, 400}, {0, 410, 450}, {1, 7, 140}};
     check<__nv_bfloat16>(p);
     check<__half>(p);
+    p.features = kThreeSlices;
+    check<__nv_bfloat16>(p);
   }
 }
 
@@ -350,13 +386,17 @@ TEST(EmulatedFused, SplitAnywhereWithCarriedState) {
     p.decay = decay;
     check_split<__nv_bfloat16>(p, {1, 10, 64, 129, 500});
     check_split<__half>(p, {80, 400, 450, 500});
+    p.features = kThreeSlices;
+    check_split<__nv_bfloat16>(p, {1, 10, 64, 129, 500});
   }
 }
 
 // A state updated in place, by one block of a group or by many.
 TEST(EmulatedFused, StateInPlace) {
-  for (const int shared_bytes : {99, 227}) {
+  for (const auto& [shared_bytes, features] :
+       std::vector<std::array<int, 2>>{{99, 64}, {227, 64}, {227, kThreeSlices}}) {
     Problem p = problem(130);
+    p.features = features;
     p.heads = 4;
     p.fill(3, emulated::round_to<__nv_bfloat16>);
     const oracle::Result want = oracle::run(p, false);
@@ -373,9 +413,11 @@ TEST(EmulatedFused, StateInPlace) {
 // Exponents hundreds apart: rows before a chunk's largest key are done alone. What they lose is the
 // exponents' own bits.
 TEST(EmulatedFused, ExactRows) {
-  for (const bool decay : {false, true}) {
+  for (const auto& [decay, features] :
+       std::vector<std::array<int, 2>>{{0, 64}, {1, 64}, {0, kThreeSlices}, {1, kThreeSlices}}) {
     Problem p = problem(150);
     p.batch = 1;
+    p.features = features;
     p.decay = decay;
     p.size = 30.0;
     p.beta = false;
@@ -395,9 +437,11 @@ TEST(EmulatedFused, ExactRows) {
 
 // What decay has made as nothing must not bury the rest, and nothing may pile up.
 TEST(EmulatedFused, StrongDecay) {
-  for (const int multiprocessors : {kFew, kMany}) {
+  for (const auto& [multiprocessors, features] :
+       std::vector<std::array<int, 2>>{{kFew, 64}, {kMany, 64}, {kMany, kThreeSlices}}) {
     Problem p = problem(300);
     p.batch = 1;
+    p.features = features;
     p.heads = p.kv_heads = 2;
     p.decay = true;
     p.fill(4, emulated::round_to<__nv_bfloat16>);
@@ -448,6 +492,7 @@ TEST(EmulatedFused, ExtremesStayFinite) {
       Call<__nv_bfloat16> call(p, 1);
       ASSERT_EQ(call.forward(), cudaSuccess);
       for (const double x : emulated::widen(call.out)) ASSERT_TRUE(std::fabs(x) < 10.0);
+      if (kind != FeatureKind::kSoftmax) p.features = kThreeSlices;
       p.fill(7, emulated::round_to<__half>);
       Call<__half> half(p, 1);
       ASSERT_EQ(half.forward(), cudaSuccess);
@@ -474,11 +519,12 @@ TEST(EmulatedFused, HalfRange) {
 
 // No bit of an output depends on a later token, whichever way its row takes.
 template <class T>
-void check_future() {
+void check_future(int features) {
   for (const bool decay : {false, true}) {
     for (const double size : {1.0, 20.0}) {
       Problem p = problem(100);
       p.batch = 1;
+      p.features = features;
       p.decay = decay;
       p.size = size;
       p.fill(8, emulated::round_to<T>);
@@ -503,8 +549,10 @@ void check_future() {
   }
 }
 TEST(EmulatedFused, FutureChangesNothing) {
-  check_future<__nv_bfloat16>();
-  check_future<__half>();
+  for (const int features : {64, kThreeSlices}) {
+    check_future<__nv_bfloat16>(features);
+    check_future<__half>(features);
+  }
 }
 
 // A race would make results depend on the order in which threads run, and on which warp is ahead.
@@ -514,6 +562,7 @@ TEST(EmulatedFused, OrderOfThreadsChangesNothing) {
       Problem p = problem(size > 1.0 ? 100 : 300);
       p.batch = 1;
       p.heads = 4;
+      p.features = decay ? kThreeSlices : 64;
       p.decay = decay;
       p.size = size;
       p.fill(9, emulated::round_to<__nv_bfloat16>);
@@ -575,12 +624,19 @@ TEST(EmulatedFused, AppliesWhereItShould) {
   EXPECT_FALSE(applies([](Params& a) { a.window = 16; }));
   EXPECT_FALSE(applies([](Params& a) { a.sinks = 4; }));
   EXPECT_TRUE(applies([](Params& a) { a.num_features = 17; }));
-  EXPECT_FALSE(applies([](Params& a) { a.num_features = 96; }));  // of float16
-  EXPECT_FALSE(applies([](Params& a) { a.num_features = 128; }));
-  EXPECT_TRUE(applies([](Params& a) {
-    a.num_features = 128;
-    a.dtype = dijiang::DType::kBFloat16;
-  }));
+  EXPECT_TRUE(applies([](Params& a) { a.num_features = 96; }));
+  EXPECT_TRUE(applies([](Params& a) { a.num_features = 500; }));
+  for (const int features : {64, 65, 128, 129}) {  // all of a softmax are one tile
+    for (const auto dtype : {dijiang::DType::kFloat16, dijiang::DType::kBFloat16}) {
+      const int most = dtype == dijiang::DType::kBFloat16 ? 128 : 64;
+      EXPECT_EQ(features <= most, applies([&](Params& a) {
+                  a.kind = FeatureKind::kSoftmax;
+                  a.num_features = features;
+                  a.dtype = dtype;
+                }));
+    }
+  }
+  EXPECT_FALSE(applies([](Params& a) { a.num_features = 0; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 128; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 80; }));

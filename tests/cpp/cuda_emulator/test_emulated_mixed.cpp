@@ -233,8 +233,31 @@ TEST(EmulatedMixed, SizesBetween) {
         if (parts && of_kind.decay != (of_kind.dim == 32)) return;  // long
         check<__nv_bfloat16>(of_kind);
         EXPECT_EQ(ran("fold_parts"), parts);
-        if (of_kind.features <= 64) check<__half>(of_kind);
+        const bool in_one = of_kind.features <= 64;
+        if (in_one || of_kind.kind != FeatureKind::kSoftmax) check<__half>(of_kind);
       });
+    }
+  }
+}
+
+// More features than a tile has, in slices of 64 or 128.
+TEST(EmulatedMixed, Slices) {
+  for (const int multiprocessors : {1, 64}) {  // in one part and in several
+    const bool parts = multiprocessors > 1;
+    const Device device(multiprocessors);
+    for (const auto& [dim, dim_v, features] : std::vector<std::array<int, 3>>{
+             {64, 64, 256}, {64, 128, 150}, {128, 128, 384}, {80, 200, 129}}) {
+      if (parts && dim_v == 200) continue;  // long
+      for (const bool decay : {false, true}) {
+        Problem p = problem(parts ? 1700 : 260, 64, 4, decay ? 12 : 0);
+        p.resize(dim, features, dim_v);
+        p.heads = parts ? 1 : 2;
+        p.kv_heads = 1;
+        p.kind = decay ? FeatureKind::kElu : FeatureKind::kExp;
+        p.decay = decay;
+        check<__nv_bfloat16>(p);
+        if (features < 200) check<__half>(p);
+      }
     }
   }
 }
@@ -353,6 +376,7 @@ TEST(EmulatedMixed, SplitAnywhereWithCarriedState) {
       Problem p = problem(400, window, sinks);
       p.decay = decay;
       check_split<__nv_bfloat16>(p, {1, 10, 64, 129, 130, 200, 320, 400});
+      p.features = 150;  // slices
       check_split<__half>(p, {80, 161, 400});
     }
   }
@@ -375,6 +399,7 @@ TEST(EmulatedMixed, SplitCallsInParts) {
     Problem p = problem(1000, 16, 3, 20);
     p.heads = 1;
     p.decay = decay;
+    p.features = decay ? 150 : 64;
     check_split<__half>(p, {500, 520, 1000}, 1000);
     check_split<__nv_bfloat16>(p, {450, 1000}, 1000);
   }
@@ -691,15 +716,11 @@ TEST(EmulatedMixed, AppliesWhereItShould) {
   }));
   EXPECT_FALSE(applies([](Params& a) { a.num_features = 0; }));
   EXPECT_TRUE(applies([](Params& a) { a.num_features = 17; }));
-  EXPECT_FALSE(applies([](Params& a) { a.num_features = 96; }));  // of float16
-  EXPECT_FALSE(applies([](Params& a) { a.num_features = 128; }));
-  EXPECT_TRUE(applies([](Params& a) {
-    a.num_features = 128;
-    a.dtype = dijiang::DType::kBFloat16;
-  }));
+  EXPECT_TRUE(applies([](Params& a) { a.num_features = 96; }));
+  EXPECT_TRUE(applies([](Params& a) { a.num_features = 500; }));
   EXPECT_FALSE(applies([](Params& a) {
-    a.num_features = 136;
-    a.dtype = dijiang::DType::kBFloat16;
+    a.num_features = 96;
+    a.kind = FeatureKind::kSoftmax;
   }));
   EXPECT_FALSE(applies([](Params& a) { a.kind = FeatureKind::kGiven; }));
   EXPECT_FALSE(applies([](Params& a) { a.dtype = dijiang::DType::kFloat32; }));
