@@ -81,6 +81,7 @@ bool with_16_bits(const LinearAttentionParams& p, const Take& take) {
 // memory must take the largest kernel.
 template <class T, int kHeadDim>
 bool has_wide_slices(const LinearAttentionParams& p) {
+  static_assert(kHeadDim <= 128);
   const int64_t last = p.num_features % 128;
   if (p.num_features <= 64 || (p.num_features > 128 && last > 0 && last <= 64)) return false;
   using Shape = FusedShape<T, kHeadDim, 128>;
@@ -98,9 +99,10 @@ bool with_fused_shape(const LinearAttentionParams& p, const Take& take) {
   if (!sliceable && p.num_features > 128) return false;
   return with_16_bits(p, [&](auto x) {
     using T = std::decay_t<decltype(x)>;
-    return with_tile_size(p.headdim, [&](auto dim) {
-      // Two parts of 128 features do not fit into registers.
-      if constexpr (!std::is_same_v<T, __half>) {
+    return with_tile_size<256>(p.headdim, [&](auto dim) {
+      // Two parts of 128 features do not fit into registers, nor their maps of 256 columns into
+      // shared memory.
+      if constexpr (!std::is_same_v<T, __half> && dim() <= 128) {
         if (has_wide_slices<T, dim()>(p)) {
           take(FusedShape<T, dim(), 128>{});
           return true;

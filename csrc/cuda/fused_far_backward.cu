@@ -183,11 +183,11 @@ bool has_near(const LinearAttentionParams& p) { return p.window > 0 || p.sinks >
 // Calls take(FarShape) for the sizes of p; false where there are no kernels for them.
 template <class Take>
 bool with_far_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype != DType::kBFloat16) return false;
+  if (p.dtype != DType::kBFloat16 || p.headdim > 128) return false;
   return with_tile_size(p.headdim_v, [&](auto columns) {
     return with_fused_shape(p, [&](auto part) {
       using Part = decltype(part);
-      if constexpr (std::is_same_v<typename Part::T, __nv_bfloat16>) {
+      if constexpr (std::is_same_v<typename Part::T, __nv_bfloat16> && Part::kHeadDim <= 128) {
         take(FarShape<Part::kHeadDim, Part::kFeatures, columns()>{});
       }
     });

@@ -51,7 +51,8 @@ struct FusedShape {
   static constexpr int kParts = std::is_same_v<T, __half> ? 2 : 1;
 };
 
-// Offsets in bytes. Without rows (keys alone) there are no queries and no state to read.
+// Offsets in bytes. Without rows (keys alone) there are no queries and no state to read. Values have
+// two stages, so that the next ones come early, but where maps of 256 columns leave no room.
 template <class Shape, bool kRows>
 struct FusedShared {
   static constexpr int kWidth = 2 * Shape::kHeadDim, kFeatureWidth = 2 * Shape::kFeatures;
@@ -60,8 +61,9 @@ struct FusedShared {
 
   static constexpr int key_omega = 0;
   static constexpr int keys = key_omega + Map::kMatrix;
-  static constexpr int values = keys + kTileRows * kWidth;  // two stages
-  static constexpr int features = values + 4 * kTileRows * Shape::kValueDim;
+  static constexpr int values = keys + kTileRows * kWidth;
+  static constexpr int kValueStages = kRows && Shape::kHeadDim > 128 ? 1 : 2;
+  static constexpr int features = values + kValueStages * 2 * kTileRows * Shape::kValueDim;
   static constexpr int state = features + Shape::kParts * kTileRows * kFeatureWidth;
   static constexpr int queries =
       state + (kRows ? Shape::kParts * Shape::kValueDim * kFeatureWidth : 0);

@@ -61,9 +61,9 @@ struct StateWalk {
   __device__ __forceinline__ int value_width() const {
     return static_cast<int>(params().headdim_v) - first_column;
   }
-  // One of the two stages.
+  // One of the stages.
   __device__ __forceinline__ T* values(int stage) const {
-    return at<T>(Shared::values) + stage * (kTileRows * kV);
+    return at<T>(Shared::values) + stage % Shared::kValueStages * (kTileRows * kV);
   }
   __device__ __forceinline__ void wait_rows() {
     wait_copies();

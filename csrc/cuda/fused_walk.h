@@ -45,6 +45,8 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
   using typename Base::Shared;
   using typename Base::T;
 
+  static constexpr bool kValuesEarly = Shared::kValueStages > 1;
+
   const FusedAttention& f;
   int batch, first_head, token, count;  // of the part
   int turn = 0;
@@ -95,7 +97,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     load_rows<kD>(at<T>(Shared::queries), params().q, first_head + h, first, headdim());
   }
   __device__ __forceinline__ T* values(int first) const {
-    return Base::values(first / kTileRows % 2);
+    return Base::values(first / kTileRows);
   }
   __device__ __forceinline__ void load_values(int first) {
     load_rows<kV>(values(first), params().v, kv_head, first, this->value_width(), first_column);
@@ -517,7 +519,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
           loaded = true;
         }
         prepare_keys(mode, tile_count, !updating, [&] {
-          if (!begun) load_values(first + kTileRows);
+          if (kValuesEarly && !begun) load_values(first + kTileRows);
           begun = true;
           if (has_decay && !updating) return;
           load_keys(first + kTileRows);
@@ -567,6 +569,9 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
       ++h;
     }
     this->update_state(values(first), mode.decayed);
+    if (kValuesEarly) return;
+    __syncthreads();  // nobody reads the values any more
+    load_values(first + kTileRows);
   }
 };
 

@@ -299,6 +299,31 @@ TEST(EmulatedFused, Slices) {
   }
 }
 
+// Maps of 256 columns leave room for one stage of values; those of two parts for none.
+TEST(EmulatedFused, HeadsOf256) {
+  for (const bool decay : {false, true}) {
+    Problem p = problem(150);
+    p.batch = 1;
+    p.heads = decay ? 2 : 1;
+    p.kv_heads = 1;
+    p.resize(decay ? 256 : 200, decay ? 256 : 64, decay ? 64 : 256);
+    p.decay = decay;
+    check<__nv_bfloat16>(p);
+    if (decay) continue;
+    p.kind = FeatureKind::kSoftmax;
+    check<__nv_bfloat16>(p);
+    p.size = 30.0;  // exact rows
+    p.kind = FeatureKind::kExp;
+    p.beta = false;
+    p.fill(5, emulated::round_to<__nv_bfloat16>);
+    const Device device(kFew);
+    Call<__nv_bfloat16> call(p, 1);
+    ASSERT_EQ(call.forward(), cudaSuccess);
+    EXPECT_TRUE(ran("walk_rows"));
+    EXPECT_LT(error(emulated::widen(call.out), oracle::run(p, false).out), 2e-2);
+  }
+}
+
 // Shared memory that holds no tile of 128 features: two slices.
 TEST(EmulatedFused, SlicesOfSmallDevices) {
   Problem p = problem(90);
@@ -640,7 +665,15 @@ TEST(EmulatedFused, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 128; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim = 80; }));
   EXPECT_TRUE(applies([](Params& a) { a.headdim_v = 80; }));
-  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));
+  EXPECT_FALSE(applies([](Params& a) { a.headdim = 136; }));  // of float16
+  EXPECT_TRUE(applies([](Params& a) {
+    a.headdim = 136;
+    a.dtype = dijiang::DType::kBFloat16;
+  }));
+  EXPECT_FALSE(applies([](Params& a) {
+    a.headdim = 264;
+    a.dtype = dijiang::DType::kBFloat16;
+  }));
   EXPECT_FALSE(applies([](Params& a) { a.headdim_v = 76; }));
   EXPECT_FALSE(applies([](Params& a) { a.q.stride_seq += 4; }));
   EXPECT_FALSE(applies([](Params& a) { a.v.stride_dim = 2; }));
