@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
 }
 
 // Of far keys alone. The keys' half comes after that of the queries, whose unsafe rows it leaves
-// out. Grid: chunk, kv head (of the queries' half: query head).
+// out. Grid: chunk, kv head (of the queries' half: query head), of the keys' half columns of v.
 template <class Shape, FarPart kPart>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     grad_far_chunks(const __grid_constant__ FarBackward b) {
@@ -183,14 +183,19 @@ bool has_near(const LinearAttentionParams& p) { return p.window > 0 || p.sinks >
 // Calls take(FarShape) for the sizes of p; false where there are no kernels for them.
 template <class Take>
 bool with_far_shape(const LinearAttentionParams& p, const Take& take) {
-  if (p.dtype != DType::kBFloat16 || p.headdim > 128) return false;
-  return with_tile_size(p.headdim_v, [&](auto columns) {
-    return with_fused_shape(p, [&](auto part) {
-      using Part = decltype(part);
-      if constexpr (std::is_same_v<typename Part::T, __nv_bfloat16> && Part::kHeadDim <= 128) {
+  if (p.dtype != DType::kBFloat16 || p.headdim_v > (p.headdim > 128 ? 256 : 128)) return false;
+  return with_fused_shape(p, [&](auto part) {
+    using Part = decltype(part);
+    if constexpr (!std::is_same_v<typename Part::T, __nv_bfloat16>) {
+      return;
+    } else if constexpr (Part::kHeadDim > 128) {
+      take(FarShape<Part::kHeadDim, Part::kFeatures, 256>{});
+    } else {
+      with_tile_size(p.headdim_v, [&](auto columns) {
         take(FarShape<Part::kHeadDim, Part::kFeatures, columns()>{});
-      }
-    });
+        return true;
+      });
+    }
   });
 }
 
@@ -301,8 +306,8 @@ Plan plan_far(const LinearAttentionBackwardParams& params, Arena& arena) {
 
 // --- launching -----------------------------------------------------------------------------------
 
-// What not all rows write: padding, tiles without rows, keys that are not folded. m: features of all
-// tiles.
+// What not all rows write: padding, tiles without rows, keys that are not folded. m: features of
+// all tiles.
 void clear_buffers(const Plan& plan, int64_t m, cudaStream_t stream) {
   const FarBackward& b = plan.far;
   const LinearAttentionParams& p = b.a.params;
@@ -356,7 +361,9 @@ void launch_chunk_grads(const FarBackward& b, cudaStream_t stream) {
     DIJIANG_LAUNCH((grad_far_chunks<Shape, FarPart::kQueries>), heads, kWalkThreads, half, stream,
                    b);
     allow_shared(grad_far_chunks<Shape, FarPart::kKeys>, half);
-    DIJIANG_LAUNCH((grad_far_chunks<Shape, FarPart::kKeys>), kv_heads, kWalkThreads, half, stream,
+    constexpr int own = FarGrads<Shape, FarPart::kKeys>::kOwn;
+    DIJIANG_LAUNCH((grad_far_chunks<Shape, FarPart::kKeys>),
+                   dim3(kv_heads.x, kv_heads.y, Shape::kValueDim / own), kWalkThreads, half, stream,
                    b);
   }
   constexpr int unsafe = UnsafeShared<Shape>::kFloats * static_cast<int>(sizeof(float));

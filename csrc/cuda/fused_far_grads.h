@@ -1,7 +1,8 @@
 // One block's work of the fused far backward: a chunk of 64 tokens of a kv head, 16 a warp, with
 // all query heads of its group and one slice of the features, from the states that the walks left.
-// Nothing hangs on another chunk. Where registers or shared memory do not hold all of that, one block has the queries of a
-// head and another one the keys.
+// Nothing hangs on another chunk. Where registers or shared memory do not hold all of that, one
+// block has the queries of a head and another one the keys; of 256 columns of v a block of keys has
+// 128 of the gradients, the first one those of the features, too.
 //
 // With P the far weights over den, G = (do v - delta) with the chunk's decay, phi_q the features of
 // queries times 2^(M' - r) / den and phi_k those of keys times 2^-M':
@@ -24,6 +25,7 @@ struct FarRow {
 enum class FarPart { kAll, kQueries, kKeys };
 
 // Offsets in bytes. kHalf: queries or keys alone, which have one map at a time and one state.
+// kShares: queries and keys take turns in one tile, too.
 template <class Shape, bool kHalf>
 struct FarShared {
   static constexpr int kTile = kTileRows * 2;  // bytes a column
@@ -33,8 +35,10 @@ struct FarShared {
   static constexpr int query_map = key_map + (kHalf ? 0 : Shape::Map::kBytes);
   static constexpr int keys = query_map + Shape::Map::kBytes;
   static constexpr int values = keys + Shape::kHeadDim * kTile;
-  static constexpr int queries = values + Shape::kValueDim * kTile;
-  static constexpr int grads = queries + Shape::kHeadDim * kTile;
+  static constexpr bool kShares = kHalf && Shape::kHeadDim > 128;
+  static constexpr int queries = kShares ? keys : values + Shape::kValueDim * kTile;
+  static constexpr int grads =
+      values + (Shape::kValueDim + (kShares ? 0 : Shape::kHeadDim)) * kTile;
   static constexpr int state = grads + Shape::kValueDim * kTile;
   static constexpr int reverse = state + (kHalf ? 0 : Shape::kState * 2);
   static constexpr int key_features = reverse + Shape::kState * 2;
@@ -69,23 +73,28 @@ struct FarGrads : FarRows<Shape> {
   using typename Base::Map;
   using typename Base::T;
   using Shared = FarShared<Shape, kPart != FarPart::kAll>;
+  static constexpr int kOwn = kV < 128 ? kV : 128;  // columns of the values' gradients
 
   Chunk c;
   int64_t index, place;  // place: of the states
   int kv_head, count;
-  float da[kM / 8][4], dv[kV / 8][4];
+  int first_own;  // column
+  float da[kM / 8][4], dv[kOwn / 8][4];
 
   __device__ __forceinline__ FarGrads(const FarBackward& backward, const Chunk& chunk, char* raw)
       : Base(backward, raw),
         c(chunk),
         index(blockIdx.x),
         kv_head(kPart == FarPart::kQueries ? blockIdx.y / backward.a.group : blockIdx.y),
-        count(chunk.query_count) {
+        count(chunk.query_count),
+        first_own(blockIdx.z * kOwn) {
     place = this->slice_at(cell_of(a, index, kv_head));
     clear(da);
     clear(dv);
   }
 
+  // Whether the block has the gradients of keys.
+  __device__ __forceinline__ bool owns_features() const { return kOwn == kV || first_own == 0; }
   template <class U>
   __device__ __forceinline__ U* at(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
@@ -136,19 +145,18 @@ struct FarGrads : FarRows<Shape> {
                                                      work.inverse[row], work.delta[row]}
                                             : FarRow{0.0f, 0.0f, 0.0f};
   }
+  __device__ __forceinline__ void load_keys() {
+    load_rows<kD>(Shared::keys, params().k, kv_head, this->headdim());
+  }
   __device__ __forceinline__ void load_chunk() {
     const LinearAttentionParams& p = params();
-    load_rows<kD>(Shared::keys, p.k, kv_head, this->headdim());
+    load_keys();
     load_rows<kV>(Shared::values, p.v, kv_head, this->headdim_v());
     load_map(Shared::key_map, 1, kv_head);
-    constexpr int kBytes = Shape::kState * 2;
     if (kPart != FarPart::kKeys) {
-      const T* states = static_cast<const T*>(a.work.states);
-      copy_block(shared + Shared::state, states + place * Shape::kState, kBytes);
+      this->load_state(Shared::state, static_cast<const T*>(a.work.states), place);
     }
-    if (kPart != FarPart::kQueries) {
-      copy_block(shared + Shared::reverse, work.reverse + place * Shape::kState, kBytes);
-    }
+    if (kPart != FarPart::kQueries) this->load_state(Shared::reverse, work.reverse, place);
     if (!a.has_decay) return;
     const double* levels = levels_of(a, index, kv_head);
     for (int i = threadIdx.x; i < kTileRows; i += kWalkThreads) {
@@ -343,12 +351,14 @@ struct FarGrads : FarRows<Shape> {
         load_right<kM>(right, at<T>(Shared::query_features), s, i);
         multiply_add_16<T>(x[0], x[1], left, right);
       }
-      DIJIANG_UNROLL()
-      for (int k = 0; k < kV; k += 16) {
-        unsigned left[4], right[4];
-        load_left<kV>(left, at<T>(Shared::values), row0, k);
-        load_right<kV>(right, at<T>(Shared::grads), s, k);
-        multiply_add_16<T>(y[0], y[1], left, right);
+      if (owns_features()) {
+        DIJIANG_UNROLL()
+        for (int k = 0; k < kV; k += 16) {
+          unsigned left[4], right[4];
+          load_left<kV>(left, at<T>(Shared::values), row0, k);
+          load_right<kV>(right, at<T>(Shared::grads), s, k);
+          multiply_add_16<T>(y[0], y[1], left, right);
+        }
       }
       DIJIANG_UNROLL()
       for (int n = 0; n < 2; ++n) {
@@ -364,11 +374,12 @@ struct FarGrads : FarRows<Shape> {
       unsigned w[4];
       pack_left<T>(w, x[0], x[1]);
       DIJIANG_UNROLL()
-      for (int k = 0; k < kV; k += 16) {
+      for (int k = 0; k < kOwn; k += 16) {
         unsigned grad[4];
-        load_right_transposed<kV>(grad, at<T>(Shared::grads), k, s);
+        load_right_transposed<kV>(grad, at<T>(Shared::grads), first_own + k, s);
         multiply_add_16<T>(dv[k / 8], dv[k / 8 + 1], w, grad);
       }
+      if (!owns_features()) continue;
       pack_left<T>(w, y[0], y[1]);
       add_rows(da, w, at<T>(Shared::query_features), s);
     }
@@ -408,20 +419,20 @@ struct FarGrads : FarRows<Shape> {
   // Adds what later chunks give, and writes the gradients of values.
   __device__ __forceinline__ void finish_values(const unsigned (&phi)[kM / 8][2]) {
     DIJIANG_UNROLL()
-    for (int n = 0; n < kV; n += 16) {
+    for (int n = 0; n < kOwn; n += 16) {
       DIJIANG_UNROLL()
       for (int i = 0; i < kM; i += 16) {
         const unsigned left[4] = {phi[i / 8][0], phi[i / 8][1], phi[i / 8 + 1][0],
                                   phi[i / 8 + 1][1]};
         unsigned r[4];
-        load_right<kM>(r, at<T>(Shared::reverse), n, i);
+        load_right<kM>(r, at<T>(Shared::reverse), first_own + n, i);
         multiply_add_16<T>(dv[n / 8], dv[n / 8 + 1], left, r);
       }
     }
     const FarSide keys = side(1, kv_head);
     DIJIANG_UNROLL()
-    for (int n = 0; n < kV / 8; n += 4) {
-      this->add_columns(keys, b.grad_v, work.sums_v, this->headdim_v(), 8 * n,
+    for (int n = 0; n < kOwn / 8; n += 4) {
+      this->add_columns(keys, b.grad_v, work.sums_v, this->headdim_v(), first_own + 8 * n,
                         [&](int half, int i) {
                           return make_float2(dv[n + i][2 * half], dv[n + i][2 * half + 1]);
                         });
@@ -488,6 +499,7 @@ struct FarGrads : FarRows<Shape> {
       unsigned phi[kM / 8][2];
       make_late_features(phi);
       finish_values(phi);
+      if (!owns_features()) return;
       finish_keys(phi);
     }
     float u[kM / 8][4];
@@ -522,9 +534,10 @@ struct FarGrads : FarRows<Shape> {
   __device__ __forceinline__ void run_queries() {
     const auto head = static_cast<int>(blockIdx.y);
     load_chunk();
-    load_head(head);
+    if (!Shared::kShares) load_head(head);
     wait_for_all();
-    make_key_features();  // behind its barrier nobody reads the keys' map
+    make_key_features();  // behind its barrier nobody reads the keys and their map
+    if (Shared::kShares) load_head(head);
     load_map(Shared::query_map, 0, head);
     wait_for_all();
     finish_queries(head);
@@ -551,6 +564,7 @@ struct FarGrads : FarRows<Shape> {
       if (h + 1 < a.group) {
         load_map(Shared::query_map, 0, head + 1);
       } else {
+        if (Shared::kShares) load_keys();
         load_map(Shared::key_map, 1, kv_head);
       }
       add_queries();

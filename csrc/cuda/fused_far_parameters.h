@@ -38,9 +38,8 @@ __global__ void __launch_bounds__(kWalkThreads)
     const auto* from = static_cast<const T*>(x.data);
     if (mine < count) {
       const int token = c.query_token + row + mine;
-      from = lane < 16
-                 ? b.work.slopes[side] + row_index(p, heads, c.batch, head, token) * m + first
-                 : view_row<T>(x, c.batch, head, token).data;
+      from = lane < 16 ? b.work.slopes[side] + row_index(p, heads, c.batch, head, token) * m + first
+                       : view_row<T>(x, c.batch, head, token).data;
     }
     const auto stage = static_cast<int>((tile - begin) % 2);
     copy_warp_rows<kOwn>(slopes + stage * kTileRows * kOwn, from, 0, 16 * warp, count, kOwn);

@@ -60,6 +60,14 @@ struct FarRows {
   __device__ __forceinline__ U* at(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
   }
+  // A state as tiles have it; of columns of v that it has not: zeros.
+  __device__ __forceinline__ void load_state(int to, const T* states, int64_t place) const {
+    const int size = kV > 128 ? static_cast<int>(tile_columns(params())) * kM : Shape::kState;
+    copy_block(shared + to, states + place * size, 2 * size);
+    for (int i = 2 * size + 16 * threadIdx.x; i < 2 * Shape::kState; i += 16 * kWalkThreads) {
+      *at<uint4>(to + i) = make_uint4(0, 0, 0, 0);
+    }
+  }
   // Of the lane's two rows.
   __device__ __forceinline__ int row(int half) const { return row0 + lane / 4 + 8 * half; }
 
@@ -255,9 +263,8 @@ struct FarRows {
           }
         }
       }
-      add_columns(
-          side, b.grad_x[side.number], work.sums[side.number], headdim(), n,
-          [&](int half, int j) { return make_float2(x[j][2 * half], x[j][2 * half + 1]); });
+      add_columns(side, b.grad_x[side.number], work.sums[side.number], headdim(), n,
+                  [&](int half, int j) { return make_float2(x[j][2 * half], x[j][2 * half + 1]); });
     }
     if (!has_beta || !work.square[side.number]) return;
     DIJIANG_UNROLL()

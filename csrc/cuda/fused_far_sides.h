@@ -1,7 +1,8 @@
 // One block's work of the fused far backward where no chunk has far keys of its own, because near
 // ones stand beside them: 64 queries of a chunk against the state before it, or 64 keys that it
-// folds against the state R behind it, with one slice of the features. Both are the same, with phi a row's features at the scale
-// of the state, and x a row of gradients of the outputs, or of values:
+// folds against the state R behind it, with one slice of the features. Both are the same, with phi
+// a row's features at the scale of the state, and x a row of gradients of the outputs, or of
+// values:
 //   db = phi * (S do - delta z), phi decayed up to the query, over den
 //   da = phi * (R v - rho),      phi decayed up to the chunk's end;   dv = phi R
 #pragma once
@@ -74,7 +75,7 @@ struct FarSides : FarRows<Shape> {
     copy_warp_rows<kV>(at<T>(Shared::values), from, 16, row0, count, this->headdim_v());
     copy_block(shared + Shared::map, this->map_of(side.number, side.head), Map::kBytes);
     const T* states = kKeys ? work.reverse : static_cast<const T*>(a.work.states);
-    copy_block(shared + Shared::state, states + place * Shape::kState, 2 * Shape::kState);
+    this->load_state(Shared::state, states, place);
     copy_block(shared + Shared::scale, (kKeys ? work.reverse_scale : a.work.scale) + place * kM,
                Shared::kFloats);
     copy_block(shared + Shared::z, (kKeys ? work.reverse_z : a.work.z) + place * kM,
@@ -149,9 +150,9 @@ struct FarSides : FarRows<Shape> {
           multiply_add_16<T>(x[j], x[j + 1], left, right);
         }
       }
-      this->add_columns(
-          side, b.grad_v, work.sums_v, this->headdim_v(), n,
-          [&](int half, int j) { return make_float2(x[j][2 * half], x[j][2 * half + 1]); });
+      this->add_columns(side, b.grad_v, work.sums_v, this->headdim_v(), n, [&](int half, int j) {
+        return make_float2(x[j][2 * half], x[j][2 * half + 1]);
+      });
     }
   }
 

@@ -203,7 +203,7 @@ struct UnsafeRows {
     if (i < kM) {
       float sum = 0.0f, product = 0.0f;
       for (int w = 0; w < kWalkWarps; ++w) sum += shared[Shared::sums + w * kM + i];
-      const T* state = static_cast<const T*>(a.work.states) + place * Shape::kState;
+      const T* state = static_cast<const T*>(a.work.states) + place * tile_columns(a.params) * kM;
       for (int j = 0; j < headdim_v(); ++j) {
         product = fmaf(grad[j], to_float(state[tile_offset<kM>(j, i)]), product);
       }

@@ -11,8 +11,8 @@ namespace {
 
 // --- kernels -------------------------------------------------------------------------------------
 
-// Grid: part, kv head, (slice, columns of v). The state of the part's keys alone, as it stands after
-// the last.
+// Grid: part, kv head, (slice, columns of v). The state of the part's keys alone, as it stands
+// after the last.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) walk_keys(FusedAttention f) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kWalkThreads, 2) walk_keys(FusedAttention f) {
   }
 }
 
-// One slice of the features. Grid: part (a sequence when not split), block_heads query heads, columns
-// of v.
+// One slice of the features. Grid: part (a sequence when not split), block_heads query heads,
+// columns of v.
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) walk_rows(FusedAttention f) {
   DIJIANG_DYNAMIC_SHARED(raw);

@@ -18,10 +18,10 @@ struct RowSums {
 // whole sequence when not split.
 struct FusedAttention {
   Attention attention;
-  int block_heads;   // query heads of one kv head that a block takes
-  bool split;        // the states before the parts lie in the workspace
-  int slice;         // of the features, that this call of the rows' kernel takes
-  RowSums sums[2];   // those behind slices of even and odd numbers; one slice: none
+  int block_heads;  // query heads of one kv head that a block takes
+  bool split;       // the states before the parts lie in the workspace
+  int slice;        // of the features, that this call of the rows' kernel takes
+  RowSums sums[2];  // those behind slices of even and odd numbers; one slice: none
 };
 
 constexpr int kFoldColumns = 64;  // of v, a block of a walk
@@ -51,8 +51,8 @@ struct FusedShape {
   static constexpr int kParts = std::is_same_v<T, __half> ? 2 : 1;
 };
 
-// Offsets in bytes. Without rows (keys alone) there are no queries and no state to read. Values have
-// two stages, so that the next ones come early, but where maps of 256 columns leave no room.
+// Offsets in bytes. Without rows (keys alone) there are no queries and no state to read. Values
+// have two stages, so that the next ones come early, but where maps of 256 columns leave no room.
 template <class Shape, bool kRows>
 struct FusedShared {
   static constexpr int kWidth = 2 * Shape::kHeadDim, kFeatureWidth = 2 * Shape::kFeatures;

@@ -10,14 +10,20 @@
 namespace dijiang::cuda {
 namespace {
 
-// Grid: (chunk, tile of 64 queries), query head.
+// Of the queries beside keys of a NearGradShape.
 template <class Shape>
+using QueryGrads = NearQueryGrads<NearShape<typename Shape::T, Shape::kD, Shape::kV>>;
+
+// In all grids a third dimension counts pieces of columns.
+
+// Grid: (chunk, tile of 64 queries), query head.
+template <class Grads>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     grad_queries(const __grid_constant__ Backward b) {
   DIJIANG_DYNAMIC_SHARED(raw);
   QueryTile t;
   if (!find_query_tile(b.forward, t)) return;
-  NearQueryGrads<Shape>(b, t, raw).run();
+  Grads(b, t, raw).run();
 }
 
 // A tile of the call's tokens as keys of the window: from the queries of their own block and the
@@ -134,9 +140,14 @@ __global__ void __launch_bounds__(kWalkThreads, Shape::kBlocks)
 template <class Take>
 bool with_grad_shape(const LinearAttentionParams& p, const Take& take) {
   return with_16_bits(p, [&](auto x) {
+    using T = std::decay_t<decltype(x)>;
+    if (p.headdim > kOwnColumns || p.headdim_v > kOwnColumns) {
+      take(NearGradShape<T, 256, 256>{});
+      return p.headdim <= 256 && p.headdim_v <= 256;
+    }
     return with_tile_size(p.headdim, [&](auto dim) {
       return with_tile_size(p.headdim_v, [&](auto columns) {
-        take(NearGradShape<std::decay_t<decltype(x)>, dim(), columns()>{});
+        take(NearGradShape<T, dim(), columns()>{});
         return true;
       });
     });
@@ -149,7 +160,12 @@ bool fused_near_backward_applies(const LinearAttentionBackwardParams& params) {
   const LinearAttentionParams& p = params.forward;
   if (!near_rows_apply(p) || !has_whole_pieces(params.grad_out)) return false;
   int bytes = 0;
-  const bool has_shape = with_grad_shape(p, [&](auto s) { bytes = decltype(s)::kSharedBytes; });
+  const bool has_shape = with_grad_shape(p, [&](auto s) {
+    using Shape = decltype(s);
+    bytes = Shape::kSharedBytes;
+    constexpr int queries = QueryGrads<Shape>::kSharedBytes;
+    if (queries > bytes) bytes = queries;
+  });
   return has_shape && device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= bytes;
 }
 
@@ -161,26 +177,27 @@ void launch_fused_near_backward(const Backward& b, cudaStream_t stream) {
   const auto kv_heads = static_cast<unsigned>(p.num_kv_heads);
   with_grad_shape(p, [&](auto shape) {
     using Shape = decltype(shape);
-    using Queries = NearShape<typename Shape::T, Shape::kD, Shape::kV>;
+    using Queries = QueryGrads<Shape>;
+    constexpr unsigned pieces = Shape::kPieces;
     allow_shared(grad_queries<Queries>, Queries::kSharedBytes);
-    DIJIANG_LAUNCH(grad_queries<Queries>, dim3(tiles, heads), kWalkThreads, Queries::kSharedBytes,
-                   stream, b);
+    DIJIANG_LAUNCH(grad_queries<Queries>, dim3(tiles, heads, Queries::kPieces), kWalkThreads,
+                   Queries::kSharedBytes, stream, b);
     if (p.window > 0) {
       allow_shared(grad_window<Shape>, Shape::kSharedBytes);
-      DIJIANG_LAUNCH(grad_window<Shape>, dim3(tiles, kv_heads), kWalkThreads, Shape::kSharedBytes,
-                     stream, b);
+      DIJIANG_LAUNCH(grad_window<Shape>, dim3(tiles, kv_heads, pieces), kWalkThreads,
+                     Shape::kSharedBytes, stream, b);
     }
     if (p.cache.most > 0) {
       const int64_t slot_tiles = ceil_div(p.cache.most, kTileRows);
       allow_shared(grad_slots<Shape>, Shape::kSharedBytes);
       DIJIANG_LAUNCH(grad_slots<Shape>,
-                     dim3(static_cast<unsigned>(p.num_seqs * slot_tiles), kv_heads), kWalkThreads,
-                     Shape::kSharedBytes, stream, b);
+                     dim3(static_cast<unsigned>(p.num_seqs * slot_tiles), kv_heads, pieces),
+                     kWalkThreads, Shape::kSharedBytes, stream, b);
     }
     if (p.sinks > 0) {
       allow_shared(grad_sinks<Shape>, Shape::kSharedBytes);
-      DIJIANG_LAUNCH(grad_sinks<Shape>, dim3(tiles, heads), kWalkThreads, Shape::kSharedBytes,
-                     stream, b);
+      DIJIANG_LAUNCH(grad_sinks<Shape>, dim3(tiles, heads, pieces), kWalkThreads,
+                     Shape::kSharedBytes, stream, b);
     }
   });
 }

@@ -8,7 +8,8 @@
 
 namespace dijiang::cuda {
 
-// Where its rows apply (fused_near.h), for headdim_v 64 and 128 and gradients in whole pieces.
+// Where its rows apply (fused_near.h), for headdim and headdim_v up to 256 and gradients in whole
+// pieces.
 bool fused_near_backward_applies(const LinearAttentionBackwardParams& params);
 
 // near_q, near_k and the near part of grad_v, but for the sum over the sinks' parts. Row statistics

@@ -1,7 +1,8 @@
 // What the blocks of the fused near backward do: FlashAttention's backward with the formulas of
 // backward_near.h, on fragments. 64 queries against the tiles of their near keys for dq; 64 keys
 // against the tiles of the queries that see them for dk and dv, whether the keys are those of the
-// window, sinks or hard keys. Nothing is added by two blocks at once.
+// window, sinks or hard keys. Nothing is added by two blocks at once. Of tiles of 256 columns a
+// block has 128 columns of the gradients: blockIdx.z says which, and weights are computed again.
 #pragma once
 
 #include "cuda/backward_layout.h"
@@ -24,6 +25,8 @@ __device__ __forceinline__ RowNumbers row_numbers(const Backward& b, int64_t row
 
 // --- dq ------------------------------------------------------------------------------------------
 
+constexpr int kOwnColumns = 128;
+
 template <class Shape>
 struct NearQueryGrads : NearWalk<Shape> {
   using Walk = NearWalk<Shape>;
@@ -36,16 +39,24 @@ struct NearQueryGrads : NearWalk<Shape> {
   using Walk::lane;
   using Walk::row0;
   using Walk::rows;
+  static constexpr int kOwn = kD < kOwnColumns ? kD : kOwnColumns;
+  static constexpr int kPieces = kD / kOwn;  // blocks a tile
+  // Whether registers have room for the gradients of the outputs; else they have a tile.
+  static constexpr bool kHolds = kV <= 128;
+  static constexpr int kSharedBytes =
+      Shape::kSharedBytes + (kHolds ? 0 : Shape::kValueTile * static_cast<int>(sizeof(T)));
 
   const Backward& b;
   int64_t first_at;  // of the tile's first query, in buffers over them
+  int first_own;     // column
   RowNumbers numbers[2];
-  unsigned grad[kV / 16][4];  // of the outputs
-  float sum[kD / 8][4];
+  unsigned grad[kHolds ? kV / 16 : 1][4];  // of the outputs
+  float sum[kOwn / 8][4];
 
   __device__ __forceinline__ NearQueryGrads(const Backward& backward, const QueryTile& t, char* raw)
-      : Walk(backward.forward, t, raw), b(backward) {
+      : Walk(backward.forward, t, raw), b(backward), first_own(blockIdx.z * kOwn) {
     const LinearAttentionParams& p = b.forward.params;
+    this->first_column = 0;
     first_at = row_index(p, p.num_heads, t.chunk.batch, t.head, t.token(0));
     clear(sum);
     DIJIANG_UNROLL()
@@ -55,17 +66,21 @@ struct NearQueryGrads : NearWalk<Shape> {
     }
   }
 
-  // Through the place of the second tile's values; each warp its own rows.
+  // Each warp's own rows; to registers through the place of the second tile's values.
+  __device__ __forceinline__ T* grad_tile() const {
+    return kHolds ? this->values(1) : this->values(0) + 2 * Shape::kValueTile;
+  }
   __device__ __forceinline__ void take_grads() {
     const int row = row0 + lane % 16 < rows ? row0 + lane % 16 : 0;
     const int token = this->chunk->query_token + this->first_row + row;
-    copy_warp_rows<kV>(this->values(1),
+    copy_warp_rows<kV>(grad_tile(),
                        view_row<T>(b.params.grad_out, this->chunk->batch, this->head, token).data,
                        0, row0, rows, this->value_width());
     wait_copies();
     __syncwarp();
+    if (!kHolds) return;
     DIJIANG_UNROLL()
-    for (int k = 0; k < kV; k += 16) load_left<kV>(grad[k / 16], this->values(1), row0, k);
+    for (int k = 0; k < kV; k += 16) load_left<kV>(grad[kHolds ? k / 16 : 0], grad_tile(), row0, k);
     __syncwarp();
   }
 
@@ -76,11 +91,13 @@ struct NearQueryGrads : NearWalk<Shape> {
     clear(dp);
     DIJIANG_UNROLL()
     for (int k = 0; k < kV; k += 16) {
+      auto& left = grad[kHolds ? k / 16 : 0];
+      if (!kHolds) load_left<kV>(left, grad_tile(), row0, k);
       DIJIANG_UNROLL()
       for (int n = 0; n < kGroup; n += 16) {
         unsigned v[4];
         load_right<kV>(v, values, s + n, k);
-        multiply_add_16<T>(dp[n / 8], dp[n / 8 + 1], grad[k / 16], v);
+        multiply_add_16<T>(dp[n / 8], dp[n / 8 + 1], left, v);
       }
     }
     const bool full = seen.all(s, kGroup);
@@ -97,8 +114,8 @@ struct NearQueryGrads : NearWalk<Shape> {
     for (int n = 0; n < kGroup; n += 16) {
       unsigned w[4];
       pack_left<T>(w, x[n / 8], x[n / 8 + 1]);
-      add_seen<kD>(sum, w, keys, s + n, full || seen.all(s + n, 16),
-                   [&](int half, int key) { return seen.sees(half, key); });
+      add_seen<kD, kOwn>(sum, w, keys + first_own, s + n, full || seen.all(s + n, 16),
+                         [&](int half, int key) { return seen.sees(half, key); });
     }
   }
 
@@ -117,10 +134,11 @@ struct NearQueryGrads : NearWalk<Shape> {
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane / 4 + 8 * half;
       if (row >= rows) continue;
-      auto* to = reinterpret_cast<float2*>(b.work.near_q + (first_at + row) * this->headdim());
+      auto* to =
+          reinterpret_cast<float2*>(b.work.near_q + (first_at + row) * this->headdim() + first_own);
       DIJIANG_UNROLL()
-      for (int n = 0; n < kD / 8; ++n) {
-        if (8 * n >= this->headdim()) continue;
+      for (int n = 0; n < kOwn / 8; ++n) {
+        if (first_own + 8 * n >= this->headdim()) continue;
         to[4 * n + lane % 4] = make_float2(sum[n][2 * half] * scale, sum[n][2 * half + 1] * scale);
       }
     }
@@ -133,6 +151,10 @@ template <class T_, int kHeadDim, int kValueDim>
 struct NearGradShape {
   using T = T_;
   static constexpr int kD = kHeadDim, kV = kValueDim;
+  // In pieces of kOwnColumns, those of dk first; else a block has all columns.
+  static constexpr bool kSplit = kD > kOwnColumns || kV > kOwnColumns;
+  static constexpr int kPieces = kSplit ? (kD + kV) / kOwnColumns : 1;  // blocks a tile
+  static_assert(!kSplit || kD == kV);
   // Keys and values, two stages of queries and gradients, of two stages of rows their numbers.
   static constexpr int kKeyTile = kTileRows * kD, kValueTile = kTileRows * kV;
   static constexpr int kSharedBytes = 3 * (kKeyTile + kValueTile) * static_cast<int>(sizeof(T)) +
@@ -145,6 +167,7 @@ template <class Shape>
 struct NearKeyGrads {
   using T = typename Shape::T;
   static constexpr int kD = Shape::kD, kV = Shape::kV;
+  static constexpr bool kSplit = Shape::kSplit;
 
   const Backward& b;
   const Chunk& chunk;
@@ -157,7 +180,12 @@ struct NearKeyGrads {
   int lane, row0;
   // The queries that see the lane's keys, by position; last < first: none do.
   int64_t first[2], last[2];
-  float dk[kD / 8][4], dv[kV / 8][4];
+  // In pieces: dk alone, the block's own columns of either.
+  static constexpr int kKeyTiles = kSplit ? kOwnColumns / 8 : kD / 8;
+  static constexpr int kValueTiles = kSplit ? 1 : kV / 8;
+  float dk[kKeyTiles][4], dv[kValueTiles][4];
+  int first_own;  // column
+  bool owns_keys;
 
   __device__ __forceinline__ NearKeyGrads(const Backward& backward, const Chunk& c, int head,
                                           char* raw)
@@ -167,6 +195,9 @@ struct NearKeyGrads {
     query_tiles = value_tile + Shape::kValueTile;
     grad_tiles = query_tiles + 2 * Shape::kKeyTile;
     numbers = reinterpret_cast<RowNumbers*>(grad_tiles + 2 * Shape::kValueTile);
+    const auto column = static_cast<int>(blockIdx.z) * kOwnColumns;
+    owns_keys = column < kD;
+    first_own = owns_keys ? column : column - kD;
     clear(dk);
     clear(dv);
   }
@@ -238,12 +269,14 @@ struct NearKeyGrads {
         load_right<kD>(right, queries, s, k);
         multiply_add_16<T>(x[0], x[1], left, right);
       }
-      DIJIANG_UNROLL()
-      for (int k = 0; k < kV; k += 16) {
-        unsigned left[4], right[4];
-        load_left<kV>(left, value_tile, row0, k);
-        load_right<kV>(right, grads, s, k);
-        multiply_add_16<T>(dp[0], dp[1], left, right);
+      if (!kSplit || owns_keys) {
+        DIJIANG_UNROLL()
+        for (int k = 0; k < kV; k += 16) {
+          unsigned left[4], right[4];
+          load_left<kV>(left, value_tile, row0, k);
+          load_right<kV>(right, grads, s, k);
+          multiply_add_16<T>(dp[0], dp[1], left, right);
+        }
       }
       const float scale = score_scale(b.forward.params);
       DIJIANG_UNROLL()
@@ -259,10 +292,19 @@ struct NearKeyGrads {
         }
       }
       unsigned w[4];
-      pack_left<T>(w, x[0], x[1]);
-      add_seen<kV>(dv, w, grads, s, whole, sees);
-      pack_left<T>(w, dp[0], dp[1]);
-      add_seen<kD>(dk, w, queries, s, whole, sees);
+      if constexpr (kSplit) {
+        if (owns_keys) {
+          pack_left<T>(w, dp[0], dp[1]);
+        } else {
+          pack_left<T>(w, x[0], x[1]);
+        }
+        add_seen<kD, kOwnColumns>(dk, w, (owns_keys ? queries : grads) + first_own, s, whole, sees);
+      } else {
+        pack_left<T>(w, x[0], x[1]);
+        add_seen<kV>(dv, w, grads, s, whole, sees);
+        pack_left<T>(w, dp[0], dp[1]);
+        add_seen<kD>(dk, w, queries, s, whole, sees);
+      }
     }
   }
 
@@ -295,15 +337,19 @@ struct NearKeyGrads {
   // give(half, column, x, is_key) for pairs of columns: x, and the next one's.
   template <class Give>
   __device__ __forceinline__ void give_row(int half, Give give) const {
-    const auto scale = static_cast<float>(b.forward.params.scale);
+    const bool is_key = !kSplit || owns_keys;
+    const int first_of_block = kSplit ? first_own : 0, width = is_key ? headdim() : headdim_v();
+    const float scale = is_key ? static_cast<float>(b.forward.params.scale) : 1.0f;
     DIJIANG_UNROLL()
-    for (int n = 0; n < kD / 8; ++n) {
-      if (8 * n >= headdim()) continue;
-      give(true, 8 * n + 2 * (lane % 4),
+    for (int n = 0; n < kKeyTiles; ++n) {
+      const int column = first_of_block + 8 * n;
+      if (column >= width) continue;
+      give(is_key, column + 2 * (lane % 4),
            make_float2(dk[n][2 * half] * scale, dk[n][2 * half + 1] * scale));
     }
+    if (kSplit) return;
     DIJIANG_UNROLL()
-    for (int n = 0; n < kV / 8; ++n) {
+    for (int n = 0; n < kValueTiles; ++n) {
       if (8 * n >= headdim_v()) continue;
       give(false, 8 * n + 2 * (lane % 4), make_float2(dv[n][2 * half], dv[n][2 * half + 1]));
     }
@@ -325,9 +371,9 @@ struct NearKeyGrads {
       });
     }
     DIJIANG_UNROLL()
-    for (int n = 0; n < kD / 8; ++n) dk[n][2 * half] = dk[n][2 * half + 1] = 0.0f;
+    for (int n = 0; n < kKeyTiles; ++n) dk[n][2 * half] = dk[n][2 * half + 1] = 0.0f;
     DIJIANG_UNROLL()
-    for (int n = 0; n < kV / 8; ++n) dv[n][2 * half] = dv[n][2 * half + 1] = 0.0f;
+    for (int n = 0; n < kValueTiles; ++n) dv[n][2 * half] = dv[n][2 * half + 1] = 0.0f;
   }
 };
 

@@ -15,12 +15,12 @@ __device__ inline unsigned test_finite(unsigned bits) {
 __device__ inline bool not_finite(unsigned tests) { return (tests & 0x80008000u) != 0; }
 __device__ inline bool not_finite(float x) { return !(fabsf(x) <= 3.4028235e38f); }
 
-// Of rows [s, s + 16) of a tile.
-template <int kWidth, class T>
+// Of rows [s, s + 16) of a tile, its first kColumns.
+template <int kWidth, int kColumns, class T>
 __device__ __forceinline__ bool any_not_finite(const T* tile, int s) {
   unsigned tests = 0;
   DIJIANG_UNROLL()
-  for (int j = 0; j < kWidth; j += 16) {
+  for (int j = 0; j < kColumns; j += 16) {
     unsigned b[4];
     load_right_transposed<kWidth>(b, tile, j, s);
     DIJIANG_UNROLL()
@@ -39,9 +39,10 @@ __device__ __forceinline__ void keep_finite(unsigned (&b)[4]) {
 
 // sum += w rows [s, s + 16) of a tile, of elements that are not finite, for the fragment's rows
 // that see them: sees(half, i) of the lane's row `half` and row i of the tile.
-template <int kWidth, class T, class Sees>
-__device__ __forceinline__ void add_not_finite(float (&sum)[kWidth / 8][4], const unsigned (&w)[4],
-                                               const T* tile, int s, Sees sees) {
+template <int kWidth, int kColumns, class T, class Sees>
+__device__ __forceinline__ void add_not_finite(float (&sum)[kColumns / 8][4],
+                                               const unsigned (&w)[4], const T* tile, int s,
+                                               Sees sees) {
   const int lane = threadIdx.x % 32;
   DIJIANG_UNROLL(1)
   for (int key = 0; key < 16; ++key) {
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_not_finite(float (&sum)[kWidth / 8][4], cons
       const float weight = key % 2 == 0 ? weights.first : weights.second;
       if (!sees(half, s + key)) continue;
       DIJIANG_UNROLL()
-      for (int n = 0; n < kWidth / 8; ++n) {
+      for (int n = 0; n < kColumns / 8; ++n) {
         DIJIANG_UNROLL()
         for (int e = 0; e < 2; ++e) {
           const float x = to_float(tile[tile_offset<kWidth>(s + key, 8 * n + 2 * (lane % 4) + e)]);
@@ -64,20 +65,21 @@ __device__ __forceinline__ void add_not_finite(float (&sum)[kWidth / 8][4], cons
   }
 }
 
-// sum += w rows [s, s + 16) of a tile; whole: all rows of the fragment see all of them.
-template <int kWidth, class T, class Sees>
-__device__ __forceinline__ void add_seen(float (&sum)[kWidth / 8][4], const unsigned (&w)[4],
+// sum += w rows [s, s + 16) of a tile, of kColumns from where `tile` begins, a multiple of 64;
+// whole: all rows of the fragment see all of them.
+template <int kWidth, int kColumns = kWidth, class T, class Sees>
+__device__ __forceinline__ void add_seen(float (&sum)[kColumns / 8][4], const unsigned (&w)[4],
                                          const T* tile, int s, bool whole, Sees sees) {
   // 0 times infinity would show to rows that do not see it.
-  const bool apart = !whole && any_not_finite<kWidth>(tile, s);
+  const bool apart = !whole && any_not_finite<kWidth, kColumns>(tile, s);
   DIJIANG_UNROLL()
-  for (int j = 0; j < kWidth; j += 16) {
+  for (int j = 0; j < kColumns; j += 16) {
     unsigned b[4];
     load_right_transposed<kWidth>(b, tile, j, s);
     if (apart) keep_finite<T>(b);
     multiply_add_16<T>(sum[j / 8], sum[j / 8 + 1], w, b);
   }
-  if (apart) add_not_finite<kWidth>(sum, w, tile, s, sees);
+  if (apart) add_not_finite<kWidth, kColumns>(sum, w, tile, s, sees);
 }
 
 // The left operand that 16 columns of sums make.

@@ -10,8 +10,8 @@ namespace {
 
 // --- kernels -------------------------------------------------------------------------------------
 
-// The states of parts alone, but for the last ones. Grid: (sequence, part), kv head, (slice, columns
-// of v).
+// The states of parts alone, but for the last ones. Grid: (sequence, part), kv head, (slice,
+// columns of v).
 template <class Shape>
 __global__ void __launch_bounds__(kWalkThreads, 2) fold_parts(Attention a) {
   DIJIANG_DYNAMIC_SHARED(raw);
@@ -101,8 +101,8 @@ void plan_folds(Attention& a, Arena& arena) {
   const LinearAttentionParams& p = a.params;
   const int64_t cells = a.max_chunks * p.num_kv_heads;
   int64_t m = 0;  // features of all tiles
-  with_fused_shape(
-      p, [&](auto shape) { m = feature_slices(p, shape.kFeatures) * shape.kFeatures; });
+  with_fused_shape(p,
+                   [&](auto shape) { m = feature_slices(p, shape.kFeatures) * shape.kFeatures; });
   Workspace& w = a.work;
   w.scale = arena.take<float>(cells * m);
   w.z = arena.take<float>(cells * m);

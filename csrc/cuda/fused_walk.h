@@ -96,9 +96,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
   __device__ __forceinline__ void load_queries(int first, int h) {
     load_rows<kD>(at<T>(Shared::queries), params().q, first_head + h, first, headdim());
   }
-  __device__ __forceinline__ T* values(int first) const {
-    return Base::values(first / kTileRows);
-  }
+  __device__ __forceinline__ T* values(int first) const { return Base::values(first / kTileRows); }
   __device__ __forceinline__ void load_values(int first) {
     load_rows<kV>(values(first), params().v, kv_head, first, this->value_width(), first_column);
   }
@@ -389,7 +387,8 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
     const bool is_last = this->first_feature() + kM >= p.num_features;
     if (this->slice > 0 || !is_last) normalise_sums(den, scale, out, half);
-    if (mine && this->slice > 0) add_sums(f.sums[(this->slice + 1) % 2], row, den, scale, out, half);
+    if (mine && this->slice > 0)
+      add_sums(f.sums[(this->slice + 1) % 2], row, den, scale, out, half);
     if (is_last) {
       finish(row, mine, den, scale, out, half);
     } else if (mine) {
@@ -438,8 +437,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
                                             float scale, const float (&out)[kV / 8][4], int half) {
     float* to = sums.out + row * params().headdim_v;
     each_column([&](int t, int column) {
-      *reinterpret_cast<float2*>(to + column) =
-          make_float2(out[t][2 * half], out[t][2 * half + 1]);
+      *reinterpret_cast<float2*>(to + column) = make_float2(out[t][2 * half], out[t][2 * half + 1]);
     });
     if (lane % 4 != 0 || first_column != 0) return;
     sums.den[row] = den;

@@ -170,6 +170,23 @@ TEST(EmulatedFarBackward, Slices) {
   }
 }
 
+// Queries and keys take turns in one tile, and columns of v have blocks of their own.
+TEST(EmulatedFarBackward, HeadsOf256) {
+  for (const int window : {0, 64}) {
+    for (const FeatureKind kind : {FeatureKind::kExp, FeatureKind::kSoftmax}) {
+      Problem p = mixed(window > 0 ? 200 : 150, window, window / 16, window / 4);
+      p.batch = 1;
+      p.heads = 2;
+      p.kv_heads = 1;
+      const bool exp = kind == FeatureKind::kExp;
+      p.resize(exp ? 256 : 136, exp ? 100 : 64, exp ? 256 : 40);
+      p.kind = kind;
+      p.decay = exp;
+      check(p);
+    }
+  }
+}
+
 // Groups of one, of an even and of an odd number: two matrices take turns.
 TEST(EmulatedFarBackward, GroupedQueries) {
   for (const auto& [heads, kv_heads] : std::vector<std::array<int, 2>>{{8, 2}, {3, 1}, {4, 4}}) {
@@ -363,9 +380,9 @@ TEST(EmulatedFarBackward, UnsafeRows) {
         p.batch = 1;
         p.kind = kind;
         p.decay = decay;
-        if (features != 64) p.resize(80, features, 72);
+        if (features != 64) p.resize(features == 256 ? 256 : 80, features, 72);
         p.scale = 0.125;
-        p.size = 30.0;
+        p.size = p.dim == 256 ? 15.0 : 30.0;  // exponents alike
         p.beta = false;
         p.fill(5, emulated::round_to<T>);
         SCOPED_TRACE(name(p));
@@ -682,6 +699,8 @@ TEST(EmulatedFarBackward, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 128; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 80; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 256; }));
+  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 264; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 128; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 500; }));
   EXPECT_FALSE(applies([](Params& b) { b.forward.window = 16; }));

@@ -7,6 +7,7 @@
 #include <functional>
 #include <string>
 
+#include "emulated_device.h"
 #include "emulated_gradients.h"
 #include "emulated_kernels.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 using emulated::behind;
 using emulated::Call;
+using emulated::Device;
 using emulated::error;
 using emulated::forget_kernels;
 using emulated::Gradients;
@@ -99,6 +101,20 @@ TEST(EmulatedNearBackward, Sizes) {
     p.dim = dim;
     p.dim_v = dim_v;
     p.scale = 1.0 / std::sqrt(dim);
+    check<__nv_bfloat16>(p);
+    p.window = 20;
+    p.cache_size = 30;
+    check<__half>(p);
+  }
+}
+
+// Blocks that have 128 columns of the gradients each.
+TEST(EmulatedNearBackward, ColumnsInPieces) {
+  const Device device(1);
+  for (const auto& [dim, dim_v] :
+       std::vector<std::array<int, 2>>{{256, 256}, {64, 192}, {136, 40}, {200, 128}}) {
+    Problem p = problem(150, 64, 4);
+    p.resize(dim, 0, dim_v);
     check<__nv_bfloat16>(p);
     p.window = 20;
     p.cache_size = 30;
@@ -193,7 +209,9 @@ TEST(EmulatedNearBackward, WhatIsNotSeenShowsInNoBit) {
   for (const auto& [window, sinks] :
        std::vector<std::array<int, 2>>{{16, 3}, {64, 3}, {70, 0}, {0, 9}}) {
     for (const double bad : {double(NAN), double(INFINITY)}) {
+      const Device device(1);
       Problem p = problem(260, window, sinks);
+      if (window == 70) p.resize(136, 0, 256);
       p.batch = 1;
       SCOPED_TRACE(name(p));
       p.fill(5, emulated::round_to<__nv_bfloat16>);
@@ -232,8 +250,11 @@ TEST(EmulatedNearBackward, WhatIsNotSeenShowsInNoBit) {
 }
 
 TEST(EmulatedNearBackward, OrderOfThreadsChangesNothing) {
-  for (const auto& [window, slots] : std::vector<std::array<int, 2>>{{16, 20}, {64, 0}}) {
+  const Device device(1);
+  for (const auto& [window, slots, dim] :
+       std::vector<std::array<int, 3>>{{16, 20, 64}, {64, 0, 64}, {16, 20, 256}}) {
     Problem p = problem(140, window, 3, slots);
+    p.resize(dim, 0, dim);
     p.batch = 1;
     p.fill(7, emulated::round_to<__nv_bfloat16>);
     emulated::expect_same_in_any_order([&] {
@@ -250,6 +271,7 @@ TEST(EmulatedNearBackward, OrderOfThreadsChangesNothing) {
 }
 
 TEST(EmulatedNearBackward, AppliesWhereItShould) {
+  const Device device(1);
   Problem p = problem(20, 16, 4);
   p.fill(1, emulated::round_to<__half>);
   Call<__half> call(p, 1);
@@ -264,14 +286,18 @@ TEST(EmulatedNearBackward, AppliesWhereItShould) {
   EXPECT_TRUE(applies([](Params&) {}));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 128; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = b.forward.headdim_v = 80; }));
-  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 192; }));
-  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim = 256; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.headdim_v = 192; }));
+  EXPECT_TRUE(applies([](Params& b) { b.forward.headdim = 256; }));
+  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim_v = 264; }));
   EXPECT_TRUE(applies([](Params& b) { b.forward.num_features = 64; }));  // beside far keys
   EXPECT_FALSE(applies([](Params& b) { b.forward.dtype = dijiang::DType::kFloat32; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_dim = 2; }));
   EXPECT_FALSE(applies([](Params& b) { b.grad_out.stride_seq += 4; }));
   EXPECT_FALSE(
       applies([](Params& b) { b.grad_out.data = static_cast<const char*>(b.grad_out.data) + 8; }));
+  const Device small(1, 163 * 1024);
+  EXPECT_TRUE(applies([](Params&) {}));
+  EXPECT_FALSE(applies([](Params& b) { b.forward.headdim = 256; }));
 }
 
 }  // namespace
