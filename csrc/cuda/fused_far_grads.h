@@ -73,6 +73,7 @@ struct FarGrads : FarRows<Shape> {
   Chunk c;
   int64_t index, cell;
   int kv_head, count;
+  bool moderate = false;  // M' is in all features
   float da[kM / 8][4], dv[kV / 8][4];
 
   __device__ __forceinline__ FarGrads(const FarBackward& backward, const Chunk& chunk, char* raw)
@@ -173,31 +174,35 @@ struct FarGrads : FarRows<Shape> {
     float u[kM / 8][4];
     key_exponents(u);
     const bool kept[2] = {row(0) < count, row(1) < count};
-    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u, kept);
+    leave_out(u, kept);
+    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u);
     __syncthreads();
     // Every warp for itself: they all write the same numbers.
+    bool all_moderate = true;
     for (int i = lane; i < kM; i += 32) {
       const int64_t place = cell * kM + i;
       const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
       const float top = fmaxf(a.work.scale[place], ceilf(most));
       const float factor = scale2(1.0f, a.work.scale[place] - top);
       at<float>(Shared::top)[i] = top;
+      all_moderate = all_moderate && (fabsf(top) <= kModerate || top == kEmpty);
       at<float>(Shared::factor)[i] = factor;
       at<float>(Shared::z)[i] = a.work.z[place] * factor;
       at<float>(Shared::reverse_scale)[i] = work.reverse_scale[place];
       at<float>(Shared::rho)[i] = work.reverse_z[place];
     }
+    moderate = __all_sync(~0u, all_moderate);
     __syncwarp();
     const float* top = at<float>(Shared::top);
+    exp2_tiles<1, true, true>(u, moderate,
+                              [&](int t, int e) { return -top[8 * t + 2 * (lane % 4) + e % 2]; });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        store_feature(
-            Shared::key_features, half, column,
-            pack<T>(kept[half] ? exp2_below(u[t][2 * half], -top[column]) : 0.0f,
-                    kept[half] ? exp2_below(u[t][2 * half + 1], -top[column + 1]) : 0.0f));
+        store_feature(Shared::key_features, half, column,
+                      pack<T>(u[t][2 * half], u[t][2 * half + 1]));
       }
     }
   }

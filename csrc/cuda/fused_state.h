@@ -22,6 +22,8 @@ struct StateWalk {
   int kv_head, first_column;
   int lane, warp, row0;
   float state[kStateTiles][kM / 8][4];  // columns of v by features, at the scale Shared::scale
+  bool moderate = false;                // M' is in all features
+  bool rescales = true;                 // Shared::factor is not 1 in all features
 
   __device__ __forceinline__ StateWalk(const Attention& attention, char* raw, int head)
       : a(attention),
@@ -67,22 +69,23 @@ struct StateWalk {
     exponents(at<T>(Shared::keys), map, params().fk.beta, kv_head, u);
   }
 
-  // u: exponents of the warp's rows, decayed as the walk is; kept: the lane's two. state_decay,
-  // where decayed: up to where theirs goes. Leaves M', what state and z are multiplied by to refer
-  // to it, and the features weigh(half, 2^(u - M')) in shared memory, which are there behind a
-  // barrier. between: called when all warps are done with what they did before.
+  // u: exponents of the warp's rows, decayed as the walk is; kept: the lane's two. Overwritten.
+  // state_decay, where decayed: up to where theirs goes. Leaves M', what state and z are multiplied
+  // by to refer to it, and the features weigh(half, 2^(u - M')) in shared memory, which are there
+  // behind a barrier. between: called when all warps are done with what they did before.
   template <class Between, class Weigh>
-  __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
-                                                   const bool (&kept)[2], bool decayed,
-                                                   float state_decay, const Between& between,
-                                                   const Weigh& weigh) {
-    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u, kept);
+  __device__ __forceinline__ void prepare_features(float (&u)[kM / 8][4], const bool (&kept)[2],
+                                                   bool decayed, float state_decay,
+                                                   const Between& between, const Weigh& weigh) {
+    leave_out(u, kept);
+    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u);
     __syncthreads();
     between();
 
     // Every warp for itself: they all write the same numbers.
     float* top = at<float>(Shared::top);
     float* factor = at<float>(Shared::factor);
+    bool all_moderate = true, any_factor = false;
     for (int i = lane; i < kM; i += 32) {
       const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
       float before = at<float>(Shared::scale)[i], times = 1.0f;
@@ -97,20 +100,23 @@ struct StateWalk {
       times = scale2(times, before - most_of_all);
       top[i] = most_of_all;
       factor[i] = times;
+      all_moderate = all_moderate && (fabsf(most_of_all) <= kModerate || most_of_all == kEmpty);
+      any_factor = any_factor || times != 1.0f;
       at<float>(Shared::top_z)[i] = at<float>(Shared::z)[i] * times;
     }
+    moderate = __all_sync(~0u, all_moderate);
+    rescales = __any_sync(~0u, any_factor);
     __syncwarp();
 
+    exp2_tiles<1, true, true>(u, moderate,
+                              [&](int t, int e) { return -top[8 * t + 2 * (lane % 4) + e % 2]; });
     auto* features = at<__nv_bfloat16>(Shared::features);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
-      const float top0 = top[column], top1 = top[column + 1];
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        const Split<kParts> x(
-            kept[half] ? weigh(half, exp2_below(u[t][2 * half], -top0)) : 0.0f,
-            kept[half] ? weigh(half, exp2_below(u[t][2 * half + 1], -top1)) : 0.0f);
+        const Split<kParts> x(weigh(half, u[t][2 * half]), weigh(half, u[t][2 * half + 1]));
         DIJIANG_UNROLL()
         for (int part = 0; part < kParts; ++part) {
           store_pair(features + part * kTileRows * kM, row0 + lane / 4 + 8 * half, column,
@@ -121,9 +127,9 @@ struct StateWalk {
   }
 
   template <class Between>
-  __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
-                                                   const bool (&kept)[2], bool decayed,
-                                                   float state_decay, const Between& between) {
+  __device__ __forceinline__ void prepare_features(float (&u)[kM / 8][4], const bool (&kept)[2],
+                                                   bool decayed, float state_decay,
+                                                   const Between& between) {
     prepare_features(u, kept, decayed, state_decay, between, [](int, float x) { return x; });
   }
 
@@ -142,15 +148,17 @@ struct StateWalk {
   template <class Weigh>
   __device__ __forceinline__ void update_state(const T* value_tile, bool decayed,
                                                const Weigh& weigh) {
-    const auto* factor = at<float>(Shared::factor);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
-      const float factor0 = factor[column], factor1 = factor[column + 1];
+    if (rescales) {
+      const auto* factor = at<float>(Shared::factor);
       DIJIANG_UNROLL()
-      for (int n = 0; n < kStateTiles; ++n) {
+      for (int t = 0; t < kM / 8; ++t) {
+        const int column = 8 * t + 2 * (lane % 4);
+        const float factor0 = factor[column], factor1 = factor[column + 1];
         DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) state[n][t][e] *= e % 2 ? factor1 : factor0;
+        for (int n = 0; n < kStateTiles; ++n) {
+          DIJIANG_UNROLL()
+          for (int e = 0; e < 4; ++e) state[n][t][e] *= e % 2 ? factor1 : factor0;
+        }
       }
     }
     // Each warp sums the features of a quarter, as the product sees them.

@@ -159,7 +159,11 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
-      const float factor0 = factor[column], factor1 = factor[column + 1];
+      float factor0 = 1.0f, factor1 = 1.0f;
+      if (this->rescales) {
+        factor0 = factor[column];
+        factor1 = factor[column + 1];
+      }
       DIJIANG_UNROLL()
       for (int n = 0; n < 2 * kStateTiles; ++n) {
         const float* s = state[n / 2][t] + n % 2 * 2;
@@ -204,17 +208,26 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
         const float r = ceilf(quad_max(scale[half]));
         scale[half] = r < kNone ? kEmpty : r;
       }
+      // Where there is nothing to refer to, features are 0.
+      float away[2];
+      bool moderate = this->moderate;
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        const bool any = scale[half] > kNone;
+        away[half] = any ? scale[half] : -kEmpty;
+        moderate = moderate && (fabsf(scale[half]) <= kModerate || !any);
+      }
+      exp2_tiles<1, true, false>(b, __all_sync(~0u, moderate), [&](int t, int e) {
+        return top[8 * t + 2 * j + e % 2] - away[e / 2];
+      });
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; ++t) {
         const int column = 8 * t + 2 * j;
-        const float top0 = top[column], top1 = top[column + 1];
         const float z0 = at<float>(Shared::top_z)[column],
                     z1 = at<float>(Shared::top_z)[column + 1];
         DIJIANG_UNROLL()
         for (int half = 0; half < 2; ++half) {
-          const bool any = scale[half] > kNone;
-          const Split<kParts> x(any ? exp2_below(b[t][2 * half], top0 - scale[half]) : 0.0f,
-                                any ? exp2_below(b[t][2 * half + 1], top1 - scale[half]) : 0.0f);
+          const Split<kParts> x(b[t][2 * half], b[t][2 * half + 1]);
           DIJIANG_UNROLL()
           for (int part = 0; part < kParts; ++part) {
             query[part][t / 2][t % 2 * 2 + half] = x.part[part];

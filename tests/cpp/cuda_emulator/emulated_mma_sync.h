@@ -129,5 +129,9 @@ inline float fast_exp2(float x) {
   return y < 1.17549435e-38f ? 0.0f : y;
 }
 inline float fast_log2(float x) { return std::log2(x); }
+inline float multiply_flushed(float x, float y) {
+  const float z = x * y;
+  return std::fabs(z) < 1.17549435e-38f ? 0.0f : z;
+}
 
 }  // namespace dijiang::cuda
