@@ -95,5 +95,23 @@ __device__ inline float row_output(const LinearAttentionParams& p, float num, co
                                    float scale) {
   return p.normalize ? num * end.factor : scale2(num, scale);
 }
+// Of one of a lane's two rows of fragments. Whether to normalise is asked once.
+template <int kTiles>
+__device__ __forceinline__ void take_outputs(const LinearAttentionParams& p, float (&y)[kTiles][2],
+                                             const float (&num)[kTiles][4], int half,
+                                             const RowEnd& end, float scale) {
+  const auto each = [&](const auto& find) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kTiles; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 2; ++e) y[t][e] = find(num[t][2 * half + e]);
+    }
+  };
+  if (p.normalize) {
+    each([&](float x) { return x * end.factor; });
+  } else {
+    each([&](float x) { return scale2(x, scale); });
+  }
+}
 
 }  // namespace dijiang::cuda

@@ -144,6 +144,7 @@ struct StateWalk {
 
   // --- state -------------------------------------------------------------------------------------
 
+  struct Ones {};  // every row
   // weigh: what a row of the tile counts in z.
   template <class Weigh>
   __device__ __forceinline__ void update_state(const T* value_tile, bool decayed,
@@ -161,9 +162,12 @@ struct StateWalk {
         }
       }
     }
-    // Each warp sums the features of a quarter, as the product sees them.
+    // Each warp sums the features of a quarter, as the product sees them: those of a column are in
+    // sums[n][0] and [1] of all rows, but where rows weigh in sums[n][0] of the lanes of a quad.
     constexpr int kOwn = kM / (8 * kWalkWarps);
-    float sums[kOwn] = {};
+    constexpr bool kOnes = std::is_same_v<Weigh, Ones>;
+    float sums[kOwn][4];
+    clear(sums);
     DIJIANG_UNROLL()
     for (int s = 0; s < kTileRows; s += 16) {
       unsigned v[kStateTiles][kParts][4];
@@ -192,32 +196,49 @@ struct StateWalk {
         for (int n = 0; n < kStateTiles; ++n) {
           multiply_parts_16<kParts>(state[n][i / 8], state[n][i / 8 + 1], v[n], b);
         }
-        if (i / (8 * kOwn) != warp) continue;
+      }
+      DIJIANG_UNROLL()
+      for (int n = 0; n < kOwn; n += 2) {
         DIJIANG_UNROLL()
-        for (int r = 0; r < 4; ++r) {
-          DIJIANG_UNROLL()
-          for (int part = 0; part < kParts; ++part) {
-            const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[part][r]);
-            const int row = s + r % 2 * 8 + 2 * (lane % 4);
-            sums[(i / 8 + r / 2) % kOwn] += x.first * weigh(row) + x.second * weigh(row + 1);
+        for (int part = 0; part < kParts; ++part) {
+          unsigned b[4];
+          load_right_transposed<kM>(b, at<__nv_bfloat16>(Shared::features) + part * kTileRows * kM,
+                                    (warp * kOwn + n) * 8, s);
+          if constexpr (kOnes) {
+            const unsigned one = pack<__nv_bfloat16>(1.0f, 1.0f), ones[4] = {one, one, one, one};
+            multiply_add_16<__nv_bfloat16>(sums[n], sums[n + 1], ones, b);
+          } else {
+            DIJIANG_UNROLL()
+            for (int r = 0; r < 4; ++r) {
+              const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[r]);
+              const int row = s + r % 2 * 8 + 2 * (lane % 4);
+              sums[n + r / 2][0] += x.first * weigh(row) + x.second * weigh(row + 1);
+            }
           }
         }
       }
     }
+    const auto add = [&](int i, float sum) {
+      at<float>(Shared::z)[i] = at<float>(Shared::top_z)[i] + sum;
+      at<float>(Shared::scale)[i] = at<float>(Shared::top)[i];
+      if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
+    };
     DIJIANG_UNROLL()
     for (int n = 0; n < kOwn; ++n) {
-      const float sum = quad_sum(sums[n]);
-      const int i = (warp * kOwn + n) * 8 + lane / 4;
-      if (lane % 4 == 0) {
-        at<float>(Shared::z)[i] = at<float>(Shared::top_z)[i] + sum;
-        at<float>(Shared::scale)[i] = at<float>(Shared::top)[i];
-        if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
+      const int first = (warp * kOwn + n) * 8;
+      if constexpr (kOnes) {
+        if (lane >= 4) continue;
+        add(first + 2 * lane, sums[n][0]);
+        add(first + 2 * lane + 1, sums[n][1]);
+      } else {
+        const float sum = quad_sum(sums[n][0]);
+        if (lane % 4 == 0) add(first + lane / 4, sum);
       }
     }
   }
 
   __device__ __forceinline__ void update_state(const T* value_tile, bool decayed) {
-    update_state(value_tile, decayed, [](int) { return 1.0f; });
+    update_state(value_tile, decayed, Ones{});
   }
 
   // take(i, n, x): x of the lane's state belongs to feature i and its part n of the columns.

@@ -76,16 +76,14 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
   __device__ __forceinline__ void load_rows(T* tile, const ConstView& view, int head, int first,
                                             int width, int from_column = 0) {
     constexpr int kPieces = kWidth / 8, kStep = 32 / kPieces;
-    const T* base = static_cast<const T*>(view.data) + batch * view.stride_batch +
-                    head * view.stride_head + static_cast<int64_t>(token) * view.stride_seq +
-                    from_column;
-    const int column = lane % kPieces * 8;
+    const int column = lane % kPieces * 8, row = row0 + lane / kPieces;
+    const int left = column < width ? count - first - row : 0;  // rows from the lane's first one on
+    const T* from =
+        static_cast<const T*>(view.data) + batch * view.stride_batch + head * view.stride_head +
+        static_cast<int64_t>(token + first + row) * view.stride_seq + (from_column + column);
     DIJIANG_UNROLL()
     for (int i = 0; i < 16; i += kStep) {
-      const int row = row0 + i + lane / kPieces;
-      const bool inside = first + row < count && column < width;
-      const T* from = inside ? base + (first + row) * view.stride_seq + column : base;
-      copy_async(tile + tile_offset<kWidth>(row, column), from, inside);
+      copy_async(tile + tile_offset<kWidth>(row + i, column), from + i * view.stride_seq, i < left);
     }
   }
   __device__ __forceinline__ void load_keys(int first) {
@@ -190,6 +188,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     const double* levels = at<double>(Shared::levels);
     unsigned query[kParts][kM / 16][4];
     float den[2] = {0.0f, 0.0f}, scale[2] = {kEmpty, kEmpty};
+    float own[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the chunk's own keys: own[0], own[2]
     {
       float b[kM / 8][4];
       const Map map{p, head_at(h), head_at(h) + Map::kMatrix};
@@ -276,7 +275,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
         if (s > row0) continue;
         float w[2][4];
         weigh_keys(w, query, s, masks_decay);
-        add_values(out, den, w, value_tile, s, 1.0f, 1.0f);
+        add_values(out, own, w, value_tile, s, 1.0f, 1.0f);
       }
     } else {
       // float16 has few exponents: weights are brought near its upper end, by a power of two that
@@ -305,12 +304,13 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
       }
       DIJIANG_UNROLL()
       for (int s = 0; s < kTileRows; s += 16) {
-        if (s <= row0) add_values(out, den, w[s / 16], value_tile, s, up[0], up[1]);
+        if (s <= row0) add_values(out, own, w[s / 16], value_tile, s, up[0], up[1]);
       }
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
         const float down = 1.0f / up[half];
         den[half] *= down;
+        own[2 * half] *= down;
         DIJIANG_UNROLL()
         for (int t = 0; t < kV / 8; ++t) {
           out[t][2 * half] *= down;
@@ -324,7 +324,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + g + 8 * half;
       const bool mine = mode.single ? row == mode.last : row < tile_count;
-      const float sum = quad_sum(den[half]);
+      const float sum = quad_sum(den[half]) + own[2 * half];
       failed |= __ballot_sync(~0u, mine && sum < kUnsafeSum && j == 0) << (2 * half);
       write_row(first + row, h, mine, sum, scale[half], out, half);
     }
@@ -357,33 +357,35 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
       }
       multiply_parts_16<kParts>(w[0], w[1], a, b);
     }
-    const double* levels = at<double>(Shared::levels);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < 2; ++t) {
+    const auto each = [&](const auto& take) {
       DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        const int row = row0 + lane / 4 + e / 2 * 8, key = s + 8 * t + 2 * (lane % 4) + e % 2;
-        if (key > row) {
-          w[t][e] = 0.0f;
-        } else if (masks_decay) {
-          w[t][e] *= fast_exp2(static_cast<float>(levels[row] - levels[key]));
+      for (int t = 0; t < 2; ++t) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 4; ++e) {
+          take(w[t][e], row0 + lane / 4 + e / 2 * 8, s + 8 * t + 2 * (lane % 4) + e % 2);
         }
       }
+    };
+    if (masks_decay) {
+      const double* levels = at<double>(Shared::levels);
+      each([&](float& x, int row, int key) {
+        if (key <= row) x *= fast_exp2(static_cast<float>(levels[row] - levels[key]));
+      });
+    }
+    if (s == row0) {
+      each([](float& x, int row, int key) { x = key > row ? 0.0f : x; });
     }
   }
 
   // out += w v over keys [s, s + 16), and their weights, as the product sees them, to the sums.
-  __device__ __forceinline__ void add_values(float (&out)[kV / 8][4], float (&den)[2],
+  __device__ __forceinline__ void add_values(float (&out)[kV / 8][4], float (&sums)[4],
                                              const float (&w)[2][4], const T* value_tile, int s,
                                              float up0, float up1) {
     const unsigned a[4] = {
         pack<T>(w[0][0] * up0, w[0][1] * up0), pack<T>(w[0][2] * up1, w[0][3] * up1),
         pack<T>(w[1][0] * up0, w[1][1] * up0), pack<T>(w[1][2] * up1, w[1][3] * up1)};
-    DIJIANG_UNROLL()
-    for (int r = 0; r < 4; ++r) {
-      const Pair<T> x = unpack<T>(a[r]);
-      den[r % 2] += x.first + x.second;
-    }
+    const unsigned ones = pack<T>(1.0f, 1.0f);
+    multiply_add<T>(sums, a, ones, ones);
     DIJIANG_UNROLL()
     for (int n = 0; n < kV; n += 16) {
       unsigned b[4];
@@ -399,14 +401,13 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     const int j = lane % 4;
     const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
     const RowEnd end = finish_row(p, den, scale);
+    float y[kV / 8][2];
+    take_outputs(p, y, out, half, end, scale);
     DIJIANG_UNROLL()
     for (int t = 0; t < kV / 8; t += 4) {
       unsigned packed[4];
       DIJIANG_UNROLL()
-      for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<T>(row_output(p, out[t + i][2 * half], end, scale),
-                            row_output(p, out[t + i][2 * half + 1], end, scale));
-      }
+      for (int i = 0; i < 4; ++i) packed[i] = pack<T>(y[t + i][0], y[t + i][1]);
       transpose_quad(packed);
       if (mine && (t + j) * 8 < this->value_width()) {
         auto* to = static_cast<T*>(p.out) + row * p.headdim_v + first_column + (t + j) * 8;
