@@ -97,7 +97,7 @@ struct StateWalk {
         at<float>(Shared::next_rest)[i] = rest;
       }
       const float most_of_all = fmaxf(before, ceilf(most));
-      times = scale2(times, before - most_of_all);
+      if (before != most_of_all) times = scale2(times, before - most_of_all);
       top[i] = most_of_all;
       factor[i] = times;
       all_moderate = all_moderate && (fabsf(most_of_all) <= kModerate || most_of_all == kEmpty);

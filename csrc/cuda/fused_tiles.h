@@ -230,6 +230,20 @@ __device__ inline void transpose_quad(unsigned (&r)[4]) {
   }
 }
 
+// A row of fragments, one of a lane's two, to memory: `width` columns at most, 8 bytes a lane and
+// two tiles, so that a quad fills whole sectors.
+template <class T, int kTiles>
+__device__ __forceinline__ void store_row(T* to, const float (&x)[kTiles][2], int width) {
+  const int j = threadIdx.x % 4, column = j % 2 * 8 + j / 2 * 4;
+  const bool odd = j % 2 != 0;
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles; t += 2) {
+    const unsigned first = pack<T>(x[t][0], x[t][1]), second = pack<T>(x[t + 1][0], x[t + 1][1]);
+    const unsigned got = __shfl_xor_sync(~0u, odd ? first : second, 1);
+    store_8(to + 8 * t + column, odd ? got : first, odd ? second : got, 8 * t + column < width);
+  }
+}
+
 // Column maxima of a warp's rows: x[t][e] is of column 8 t + 2 (lane % 4) + e. Afterwards the
 // first kTiles / 8 tiles stand for those from the number returned on.
 template <int kTiles>

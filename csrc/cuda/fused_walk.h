@@ -394,27 +394,18 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     }
   }
 
-  // One of the lane's two rows: outputs, 16 bytes a lane, and statistics.
+  // One of the lane's two rows: outputs and statistics.
   __device__ __forceinline__ void write_row(int at_token, int h, bool mine, float den, float scale,
                                             const float (&out)[kV / 8][4], int half) {
     const LinearAttentionParams& p = params();
-    const int j = lane % 4;
     const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
-    const RowEnd end = finish_row(p, den, scale);
     float y[kV / 8][2];
-    take_outputs(p, y, out, half, end, scale);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kV / 8; t += 4) {
-      unsigned packed[4];
-      DIJIANG_UNROLL()
-      for (int i = 0; i < 4; ++i) packed[i] = pack<T>(y[t + i][0], y[t + i][1]);
-      transpose_quad(packed);
-      if (mine && (t + j) * 8 < this->value_width()) {
-        auto* to = static_cast<T*>(p.out) + row * p.headdim_v + first_column + (t + j) * 8;
-        *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      }
-    }
-    if (mine && j == 0 && first_column == 0) {
+    take_outputs(p, y, out, half, den, scale);
+    store_row(static_cast<T*>(p.out) + row * p.headdim_v + first_column, y,
+              mine ? this->value_width() : 0);
+    if (!p.row_scale && !p.row_sum) return;
+    if (mine && lane % 4 == 0 && first_column == 0) {
+      const RowEnd end = finish_row(p, den, scale);
       if (p.row_scale) static_cast<float*>(p.row_scale)[row] = end.scale;
       if (p.row_sum) static_cast<float*>(p.row_sum)[row] = end.sum;
     }

@@ -87,6 +87,16 @@ inline void wait_copies() {
   cuda_emulator::copies().pending.clear();
 }
 
+inline void store_8(void* to, unsigned first, unsigned second, bool inside) {
+  if (!inside) return;
+  if (reinterpret_cast<uintptr_t>(to) % 8 != 0) {
+    std::fprintf(stderr, "cuda emulator: a store of 8 bytes is not aligned\n");
+    std::abort();
+  }
+  const unsigned both[2] = {first, second};
+  std::memcpy(to, both, 8);
+}
+
 inline void load_matrices(unsigned (&r)[4], const void* row) {
   cuda_emulator::load_matrices(r, row, false);
 }
