@@ -238,25 +238,30 @@ struct FarGrads : FarRows<Shape> {
 
   // From exponents. Rows whose features overflow relative to M' (those of later keys, or of keys
   // that have decayed since) are left out: fused_far_unsafe.h adds them.
-  __device__ __forceinline__ void make_query_features(const float (&u)[kM / 8][4], int head) {
+  __device__ __forceinline__ void make_query_features(float (&u)[kM / 8][4], int head) {
     constexpr int kMost = static_cast<int>(kSafeExponent) + 1;
     const float* top = at<float>(Shared::top);
     const FarRow numbers[2] = {at<FarRow>(Shared::numbers)[row(0)],
                                at<FarRow>(Shared::numbers)[row(1)]};
     bool unsafe[2];
     find_unsafe(u, head, numbers, unsafe);
+    float times[2];
+    bool all = moderate;
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      times[half] = unsafe[half] ? 0.0f : numbers[half].inverse;
+      all = all && (times[half] == 0.0f || fabsf(numbers[half].scale) <= kModerate);
+    }
+    exp2_tiles<kMost, true, false>(u, __all_sync(~0u, all), [&](int t, int e) {
+      return top[8 * t + 2 * (lane % 4) + e % 2] - (e < 2 ? numbers[0] : numbers[1]).scale;
+    });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        const float times = unsafe[half] ? 0.0f : numbers[half].inverse;
-        const auto one = [&](int e) {
-          if (times == 0.0f) return 0.0f;
-          return exp2_below<kMost>(u[t][2 * half + e], top[column + e] - numbers[half].scale) *
-                 times;
-        };
-        store_feature(Shared::query_features, half, column, pack<T>(one(0), one(1)));
+        const unsigned x = pack<T>(u[t][2 * half] * times[half], u[t][2 * half + 1] * times[half]);
+        store_feature(Shared::query_features, half, column, times[half] == 0.0f ? 0 : x);
       }
     }
   }
@@ -393,19 +398,19 @@ struct FarGrads : FarRows<Shape> {
       for (int half = 0; half < 2; ++half) {
         late[half] = static_cast<float>(levels[kTileRows - 1] - levels[row(half)]);
       }
+      add_to_rows(u, late);
     }
+    const bool kept[2] = {row(0) < count, row(1) < count};
+    leave_out(u, kept);
+    // Empty features have scales that make 0 of all.
+    exp2_tiles<kMost, false, false>(u, all_moderate(scale, kM), [&](int t, int e) {
+      return scale[8 * t + 2 * (lane % 4) + e % 2];
+    });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        float x[2];
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const float y = exp2_below<kMost>(u[t][2 * half + e] + late[half], scale[column + e]);
-          x[e] = row(half) >= count || scale[column + e] < kNone ? 0.0f : y;
-        }
-        phi[t][half] = pack<T>(x[0], x[1]);
+        phi[t][half] = pack<T>(u[t][2 * half], u[t][2 * half + 1]);
       }
     }
   }
@@ -485,6 +490,8 @@ struct FarGrads : FarRows<Shape> {
     __syncthreads();
     sum_queries(db);
     times_features(db, Shared::query_features);
+    // Read again by the few that want it, rather than kept by all.
+    if (params().kind != FeatureKind::kExp) this->exponents(tile, map, params().fq, head, u);
     this->finish_side(side(0, head), tile, map, db, u);
   }
   // Likewise the chunk's keys, when all queries have been added.

@@ -173,7 +173,8 @@ __device__ inline float exp2_moderate(float x, float shift) {
   return multiply_flushed(fast_exp2(x - __fadd_rn(whole, -kWholes)), power_of_wholes(e));
 }
 
-// x[t][e] becomes 2^(x + shift(t, e)), in either way; t and e may be no constants. kBounded:
+// x[t][e] becomes 2^(x + shift(t, e)), in either way; t and e may be no constants, so that
+// what lies in registers must not be taken by them as an index. kBounded:
 // exponents are known not to exceed kMost. kEmpties: a shift of -kEmpty is moderate, too, as it
 // stands beside exponents of kEmpty or less.
 template <int kMost, bool kBounded, bool kEmpties, int kTiles, class Shift>
@@ -198,6 +199,15 @@ __device__ __forceinline__ void exp2_tiles(float (&x)[kTiles][4], bool moderate,
   for (int i = 0; i < 4 * kTiles; ++i) y[i] = exp2_below<kMost>(y[i], shift(i / 4, i % 4));
   DIJIANG_UNROLL()
   for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = y[i];
+}
+
+// Whether all of so many scales are moderate, or empty; by a warp.
+__device__ __forceinline__ bool all_moderate(const float* scales, int count) {
+  bool all = true;
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    all = all && (fabsf(scales[i]) <= kModerate || scales[i] == kEmpty);
+  }
+  return __all_sync(~0u, all);
 }
 
 // Exponents of rows that are not kept, of the lane's two: -infinity.

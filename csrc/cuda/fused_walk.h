@@ -217,7 +217,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
         moderate = moderate && (fabsf(scale[half]) <= kModerate || !any);
       }
       exp2_tiles<1, true, false>(b, __all_sync(~0u, moderate), [&](int t, int e) {
-        return top[8 * t + 2 * j + e % 2] - away[e / 2];
+        return top[8 * t + 2 * j + e % 2] - (e < 2 ? away[0] : away[1]);
       });
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; ++t) {
