@@ -253,7 +253,7 @@ struct FarGrads : FarRows<Shape> {
       all = all && (times[half] == 0.0f || fabsf(numbers[half].scale) <= kModerate);
     }
     exp2_tiles<kMost, true, false>(u, __all_sync(~0u, all), [&](int t, int e) {
-      return top[8 * t + 2 * (lane % 4) + e % 2] - (e < 2 ? numbers[0] : numbers[1]).scale;
+      return top[8 * t + 2 * (lane % 4) + e % 2] - at<FarRow>(Shared::numbers)[row(e / 2)].scale;
     });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
@@ -312,14 +312,20 @@ struct FarGrads : FarRows<Shape> {
         load_right<kV>(v, at<T>(Shared::values), s, k);
         multiply_add_16<T>(x[0], x[1], left, v);
       }
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2; ++n) {
+      const auto each = [&](const auto& take) {
         DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) {
-          const int key = s + 8 * n + 2 * (lane % 4) + e % 2, query = row(e / 2);
-          x[n][e] = key <= query ? (x[n][e] - delta[e / 2]) * decay(key, query) : 0.0f;
+        for (int i = 0; i < 8; ++i) {
+          const int half = i % 4 / 2, key = s + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+          take(x[i / 4][i % 4], half, key, row(half));
         }
+      };
+      each([&](float& y, int half, int, int) { y -= delta[half]; });
+      if (a.has_decay) {
+        each([&](float& y, int, int key, int query) {
+          if (key <= query) y *= decay(key, query);
+        });
       }
+      if (s == row0) each([](float& y, int, int key, int query) { y = key <= query ? y : 0.0f; });
       unsigned g[4];
       pack_left<T>(g, x[0], x[1]);
       add_rows(db, g, at<T>(Shared::key_features), s);
@@ -360,16 +366,27 @@ struct FarGrads : FarRows<Shape> {
         load_right<kV>(right, at<T>(Shared::grads), s, k);
         multiply_add_16<T>(y[0], y[1], left, right);
       }
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2; ++n) {
+      const auto each = [&](const auto& take) {
         DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) {
-          const int query = s + 8 * n + 2 * (lane % 4) + e % 2, key = row(e / 2);
-          const float times = key <= query ? decay(key, query) : 0.0f;
-          const float delta = at<FarRow>(Shared::numbers)[query].delta;
-          x[n][e] = key <= query ? x[n][e] * times : 0.0f;
-          y[n][e] = key <= query ? (y[n][e] - delta) * times : 0.0f;
+        for (int i = 0; i < 8; ++i) {
+          const int query = s + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+          take(x[i / 4][i % 4], y[i / 4][i % 4], row(i % 4 / 2), query);
         }
+      };
+      each(
+          [&](float&, float& g, int, int query) { g -= at<FarRow>(Shared::numbers)[query].delta; });
+      if (a.has_decay) {
+        each([&](float& w, float& g, int key, int query) {
+          const float times = key <= query ? decay(key, query) : 0.0f;
+          w *= times;
+          g *= times;
+        });
+      }
+      if (s == row0) {
+        each([](float& w, float& g, int key, int query) {
+          w = key <= query ? w : 0.0f;
+          g = key <= query ? g : 0.0f;
+        });
       }
       unsigned w[4];
       pack_left<T>(w, x[0], x[1]);
