@@ -309,7 +309,7 @@ struct FarGrads : FarRows<Shape> {
         auto& left = grad[kHolds ? k / 16 : 0];
         if (!kHolds) load_left<kV>(left, at<T>(Shared::grads), row0, k);
         unsigned v[4];
-        load_right<kV>(v, at<T>(Shared::values), s, k);
+        load_right<kV>(v, at<T>(Shared::values) + s * kV, 0, k);
         multiply_add_16<T>(x[0], x[1], left, v);
       }
       const auto each = [&](const auto& take) {
@@ -338,7 +338,7 @@ struct FarGrads : FarRows<Shape> {
     DIJIANG_UNROLL()
     for (int i = 0; i < kM; i += 16) {
       unsigned x[4];
-      load_right_transposed<kM>(x, tile, i, s);
+      load_right_transposed<kM>(x, tile + s * kM, i, 0);
       multiply_add_16<T>(sum[i / 8], sum[i / 8 + 1], w, x);
     }
   }
@@ -356,14 +356,14 @@ struct FarGrads : FarRows<Shape> {
       for (int i = 0; i < kM; i += 16) {
         unsigned left[4], right[4];
         load_left<kM>(left, at<T>(Shared::key_features), row0, i);
-        load_right<kM>(right, at<T>(Shared::query_features), s, i);
+        load_right<kM>(right, at<T>(Shared::query_features) + s * kM, 0, i);
         multiply_add_16<T>(x[0], x[1], left, right);
       }
       DIJIANG_UNROLL()
       for (int k = 0; k < kV; k += 16) {
         unsigned left[4], right[4];
         load_left<kV>(left, at<T>(Shared::values), row0, k);
-        load_right<kV>(right, at<T>(Shared::grads), s, k);
+        load_right<kV>(right, at<T>(Shared::grads) + s * kV, 0, k);
         multiply_add_16<T>(y[0], y[1], left, right);
       }
       const auto each = [&](const auto& take) {
@@ -393,7 +393,7 @@ struct FarGrads : FarRows<Shape> {
       DIJIANG_UNROLL()
       for (int k = 0; k < kV; k += 16) {
         unsigned grad[4];
-        load_right_transposed<kV>(grad, at<T>(Shared::grads), k, s);
+        load_right_transposed<kV>(grad, at<T>(Shared::grads) + s * kV, k, 0);
         multiply_add_16<T>(dv[k / 8], dv[k / 8 + 1], w, grad);
       }
       pack_left<T>(w, y[0], y[1]);

@@ -206,7 +206,7 @@ struct NearWalk {
       DIJIANG_UNROLL()
       for (int n = 0; n < kGroup; n += 16) {
         unsigned b[4];
-        load_right<kD>(b, key_tile, s + n, k);
+        load_right<kD>(b, key_tile + s * kD, n, k);  // s apart: then addresses are the loop's own
         multiply_add_16<T>(x[n / 8], x[n / 8 + 1], query[k / 16], b);
       }
     }

@@ -61,7 +61,7 @@ struct StateWalk {
   // Exponents of the features of the warp's rows of a tile.
   __device__ __forceinline__ void exponents(const T* tile, const Map& map, const void* betas,
                                             int head, float (&u)[kM / 8][4]) {
-    map.template exponents<2>(
+    map.template exponents<kD / 16 < 4 ? kD / 16 : 4>(
         betas, head, u, [&](unsigned(&left)[4], int k) { load_left<kD>(left, tile, row0, k); });
   }
   __device__ __forceinline__ void key_exponents(float (&u)[kM / 8][4]) {

@@ -16,7 +16,7 @@ constexpr int kWalkThreads = 32 * kWalkWarps;
 
 template <int kWidth>
 __device__ inline int tile_offset(int row, int column) {
-  return row * kWidth + (((column / 8) ^ (row % 8)) * 8) + column % 8;
+  return row * kWidth + (column ^ (row % 8 * 8));
 }
 
 // Of a tile stored [row][depth] as the left operand: rows [row, row + 16), depth [k, k + 16).
