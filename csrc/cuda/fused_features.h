@@ -67,19 +67,17 @@ struct FeatureMap {
     const auto* high = reinterpret_cast<const T*>(matrix);
     const T* low = high + kM * kD;
     const bool has_beta = betas && p.kind == FeatureKind::kExp;
-    float square[2] = {0.0f, 0.0f};
+    float square[2] = {0.0f, 0.0f}, products[2][4];  // products: of rows with rows
+    clear(products);
     clear(u);
     DIJIANG_UNROLL(kUnroll)
     for (int k = 0; k < kD; k += 16) {
       unsigned a[4];
       left(a, k);
       if (has_beta) {
-        DIJIANG_UNROLL()
-        for (int i = 0; i < 4; ++i) {
-          const Pair<T> x = unpack<T>(a[i]);
-          square[i % 2] = fmaf(x.first, x.first, square[i % 2]);
-          square[i % 2] = fmaf(x.second, x.second, square[i % 2]);
-        }
+        // As a right operand the same registers are 8 rows as columns.
+        multiply_add<T>(products[0], a, a[0], a[2]);
+        multiply_add<T>(products[1], a, a[1], a[3]);
       }
       DIJIANG_UNROLL()
       for (int i = 0; i < kM; i += 16) {
@@ -93,8 +91,10 @@ struct FeatureMap {
     if (has_beta) {
       const float factor =
           static_cast<const float*>(betas)[head] * (static_cast<float>(p.scale) * kLog2e);
-      square[0] = quad_sum(square[0]) * factor;
-      square[1] = quad_sum(square[1]) * factor;
+      // Row g's own column is that of lane g / 2 of its quad.
+      const int g = threadIdx.x % 32 / 4, from = 4 * g + g / 2;
+      square[0] = __shfl_sync(~0u, g % 2 ? products[0][1] : products[0][0], from) * factor;
+      square[1] = __shfl_sync(~0u, g % 2 ? products[1][3] : products[1][2], from) * factor;
     }
     const auto* line = reinterpret_cast<const FeatureLine*>(lines);
     if (p.kind == FeatureKind::kSoftmax) normalise_rows(line, static_cast<int>(p.num_features), u);

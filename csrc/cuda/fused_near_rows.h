@@ -371,8 +371,8 @@ struct NearRows : NearWalk<Shape> {
     const LinearAttentionParams& p = a.params;
     const int row = row0 + lane / 4 + 8 * half;
     const bool mine = row < rows;
-    const int token = chunk->query_token + first_row + row;
-    const int64_t at = row_index(p, p.num_heads, chunk->batch, head, token);
+    const int first = chunk->query_token + first_row + row0 + lane / 4;
+    const int64_t at = row_index(p, p.num_heads, chunk->batch, head, first) + 8 * half;
     const float weights = quad_sum(sum[half]);
     float scale = top[half], down = power_of_two(-Shape::kLift);
     if (scale < kNone) {  // nothing but scores that weigh nothing; of -infinity alone, NaN

@@ -61,7 +61,8 @@ struct StateWalk {
   // Exponents of the features of the warp's rows of a tile.
   __device__ __forceinline__ void exponents(const T* tile, const Map& map, const void* betas,
                                             int head, float (&u)[kM / 8][4]) {
-    map.template exponents<kD / 16 < 4 ? kD / 16 : 4>(
+    // With 128 features registers have no room for more.
+    map.template exponents<kM == 64 ? 4 : 2>(
         betas, head, u, [&](unsigned(&left)[4], int k) { load_left<kD>(left, tile, row0, k); });
   }
   __device__ __forceinline__ void key_exponents(float (&u)[kM / 8][4]) {
@@ -69,7 +70,7 @@ struct StateWalk {
     exponents(at<T>(Shared::keys), map, params().fk.beta, kv_head, u);
   }
 
-  // u: exponents of the warp's rows, decayed as the walk is; kept: the lane's two. Overwritten.
+  // u: exponents of the warp's rows, decayed as the walk is, overwritten; kept: the lane's two.
   // state_decay, where decayed: up to where theirs goes. Leaves M', what state and z are multiplied
   // by to refer to it, and the features weigh(half, 2^(u - M')) in shared memory, which are there
   // behind a barrier. between: called when all warps are done with what they did before.

@@ -326,7 +326,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
       const bool mine = mode.single ? row == mode.last : row < tile_count;
       const float sum = quad_sum(den[half]) + own[2 * half];
       failed |= __ballot_sync(~0u, mine && sum < kUnsafeSum && j == 0) << (2 * half);
-      write_row(first + row, h, mine, sum, scale[half], out, half);
+      write_row(first + row0 + g, h, mine, sum, scale[half], out, half);
     }
     return failed;
   }
@@ -394,11 +394,12 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     }
   }
 
-  // One of the lane's two rows: outputs and statistics.
+  // One of the lane's two rows: outputs and statistics. at_token: of the first one.
   __device__ __forceinline__ void write_row(int at_token, int h, bool mine, float den, float scale,
                                             const float (&out)[kV / 8][4], int half) {
     const LinearAttentionParams& p = params();
-    const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
+    const int64_t row =
+        row_index(p, p.num_heads, batch, first_head + h, token + at_token) + 8 * half;
     float y[kV / 8][2];
     take_outputs(p, y, out, half, den, scale);
     store_row(static_cast<T*>(p.out) + row * p.headdim_v + first_column, y,
