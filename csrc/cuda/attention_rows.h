@@ -71,16 +71,20 @@ struct RowEnd {
   float sum;
 };
 
+// With eps, which may raise the scale: then num counts `factor`.
+__device__ inline float add_eps(const LinearAttentionParams& p, float& den, float& scale) {
+  if (!(p.eps > 0.0)) return 1.0f;
+  const auto eps = static_cast<float>(p.eps);
+  const float top = fmaxf(scale, binary_exponent(eps));
+  const float factor = scale2(1.0f, scale - top);
+  den = den * factor + scale2(eps, -top);
+  scale = top;
+  return factor;
+}
+
 __device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, float scale) {
   if (!p.normalize) return {1.0f, 0.0f, 1.0f};
-  float factor = 1.0f;
-  if (p.eps > 0.0) {
-    const auto eps = static_cast<float>(p.eps);
-    const float top = fmaxf(scale, binary_exponent(eps));
-    factor = scale2(1.0f, scale - top);
-    den = den * factor + scale2(eps, -top);
-    scale = top;
-  }
+  const float factor = add_eps(p, den, scale);
   if (den == 0.0f) return {0.0f, 0.0f, INFINITY};
   int exponent;
   const float fraction = frexpf(den, &exponent);
@@ -94,6 +98,26 @@ __device__ inline RowEnd finish_row(const LinearAttentionParams& p, float den, f
 __device__ inline float row_output(const LinearAttentionParams& p, float num, const RowEnd& end,
                                    float scale) {
   return p.normalize ? num * end.factor : scale2(num, scale);
+}
+// Of one of a lane's two rows of fragments. Whether to normalise is asked once.
+template <int kTiles>
+__device__ __forceinline__ void take_outputs(const LinearAttentionParams& p, float (&y)[kTiles][2],
+                                             const float (&num)[kTiles][4], int half, float den,
+                                             float scale) {
+  const auto each = [&](const auto& find) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kTiles; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 2; ++e) y[t][e] = find(num[t][2 * half + e]);
+    }
+  };
+  if (p.normalize) {
+    float top = scale;
+    const float factor = add_eps(p, den, top), times = den == 0.0f ? 0.0f : factor / den;
+    each([&](float x) { return x * times; });
+  } else {
+    each([&](float x) { return scale2(x, scale); });
+  }
 }
 
 }  // namespace dijiang::cuda

@@ -78,7 +78,8 @@ struct FarGrads : FarRows<Shape> {
   Chunk c;
   int64_t index, place;  // place: of the states
   int kv_head, count;
-  int first_own;  // column
+  int first_own;          // column
+  bool moderate = false;  // M' is in all features
   float da[kM / 8][4], dv[kOwn / 8][4];
 
   __device__ __forceinline__ FarGrads(const FarBackward& backward, const Chunk& chunk, char* raw)
@@ -181,31 +182,35 @@ struct FarGrads : FarRows<Shape> {
     float u[kM / 8][4];
     key_exponents(u);
     const bool kept[2] = {row(0) < count, row(1) < count};
-    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u, kept);
+    leave_out(u, kept);
+    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u);
     __syncthreads();
     // Every warp for itself: they all write the same numbers.
+    bool all_moderate = true;
     for (int i = lane; i < kM; i += 32) {
       const int64_t feature = place * kM + i;
       const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
       const float top = fmaxf(a.work.scale[feature], ceilf(most));
       const float factor = scale2(1.0f, a.work.scale[feature] - top);
       at<float>(Shared::top)[i] = top;
+      all_moderate = all_moderate && (fabsf(top) <= kModerate || top == kEmpty);
       at<float>(Shared::factor)[i] = factor;
       at<float>(Shared::z)[i] = a.work.z[feature] * factor;
       at<float>(Shared::reverse_scale)[i] = work.reverse_scale[feature];
       at<float>(Shared::rho)[i] = work.reverse_z[feature];
     }
+    moderate = __all_sync(~0u, all_moderate);
     __syncwarp();
     const float* top = at<float>(Shared::top);
+    exp2_tiles<1, true, true>(u, moderate,
+                              [&](int t, int e) { return -top[8 * t + 2 * (lane % 4) + e % 2]; });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        store_feature(
-            Shared::key_features, half, column,
-            pack<T>(kept[half] ? exp2_below(u[t][2 * half], -top[column]) : 0.0f,
-                    kept[half] ? exp2_below(u[t][2 * half + 1], -top[column + 1]) : 0.0f));
+        store_feature(Shared::key_features, half, column,
+                      pack<T>(u[t][2 * half], u[t][2 * half + 1]));
       }
     }
   }
@@ -241,25 +246,30 @@ struct FarGrads : FarRows<Shape> {
 
   // From exponents. Rows whose features overflow relative to M' (those of later keys, or of keys
   // that have decayed since) are left out: fused_far_unsafe.h adds them.
-  __device__ __forceinline__ void make_query_features(const float (&u)[kM / 8][4], int head) {
+  __device__ __forceinline__ void make_query_features(float (&u)[kM / 8][4], int head) {
     constexpr int kMost = static_cast<int>(kSafeExponent) + 1;
     const float* top = at<float>(Shared::top);
     const FarRow numbers[2] = {at<FarRow>(Shared::numbers)[row(0)],
                                at<FarRow>(Shared::numbers)[row(1)]};
     bool unsafe[2];
     find_unsafe(u, head, numbers, unsafe);
+    float times[2];
+    bool all = moderate;
+    DIJIANG_UNROLL()
+    for (int half = 0; half < 2; ++half) {
+      times[half] = unsafe[half] ? 0.0f : numbers[half].inverse;
+      all = all && (times[half] == 0.0f || fabsf(numbers[half].scale) <= kModerate);
+    }
+    exp2_tiles<kMost, true, false>(u, __all_sync(~0u, all), [&](int t, int e) {
+      return top[8 * t + 2 * (lane % 4) + e % 2] - at<FarRow>(Shared::numbers)[row(e / 2)].scale;
+    });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        const float times = unsafe[half] ? 0.0f : numbers[half].inverse;
-        const auto one = [&](int e) {
-          if (times == 0.0f) return 0.0f;
-          return exp2_below<kMost>(u[t][2 * half + e], top[column + e] - numbers[half].scale) *
-                 times;
-        };
-        store_feature(Shared::query_features, half, column, pack<T>(one(0), one(1)));
+        const unsigned x = pack<T>(u[t][2 * half] * times[half], u[t][2 * half + 1] * times[half]);
+        store_feature(Shared::query_features, half, column, times[half] == 0.0f ? 0 : x);
       }
     }
   }
@@ -307,17 +317,23 @@ struct FarGrads : FarRows<Shape> {
         auto& left = grad[kHolds ? k / 16 : 0];
         if (!kHolds) load_left<kV>(left, at<T>(Shared::grads), row0, k);
         unsigned v[4];
-        load_right<kV>(v, at<T>(Shared::values), s, k);
+        load_right<kV>(v, at<T>(Shared::values) + s * kV, 0, k);
         multiply_add_16<T>(x[0], x[1], left, v);
       }
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2; ++n) {
+      const auto each = [&](const auto& take) {
         DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) {
-          const int key = s + 8 * n + 2 * (lane % 4) + e % 2, query = row(e / 2);
-          x[n][e] = key <= query ? (x[n][e] - delta[e / 2]) * decay(key, query) : 0.0f;
+        for (int i = 0; i < 8; ++i) {
+          const int half = i % 4 / 2, key = s + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+          take(x[i / 4][i % 4], half, key, row(half));
         }
+      };
+      each([&](float& y, int half, int, int) { y -= delta[half]; });
+      if (a.has_decay) {
+        each([&](float& y, int, int key, int query) {
+          if (key <= query) y *= decay(key, query);
+        });
       }
+      if (s == row0) each([](float& y, int, int key, int query) { y = key <= query ? y : 0.0f; });
       unsigned g[4];
       pack_left<T>(g, x[0], x[1]);
       add_rows(db, g, at<T>(Shared::key_features), s);
@@ -330,7 +346,7 @@ struct FarGrads : FarRows<Shape> {
     DIJIANG_UNROLL()
     for (int i = 0; i < kM; i += 16) {
       unsigned x[4];
-      load_right_transposed<kM>(x, tile, i, s);
+      load_right_transposed<kM>(x, tile + s * kM, i, 0);
       multiply_add_16<T>(sum[i / 8], sum[i / 8 + 1], w, x);
     }
   }
@@ -348,7 +364,7 @@ struct FarGrads : FarRows<Shape> {
       for (int i = 0; i < kM; i += 16) {
         unsigned left[4], right[4];
         load_left<kM>(left, at<T>(Shared::key_features), row0, i);
-        load_right<kM>(right, at<T>(Shared::query_features), s, i);
+        load_right<kM>(right, at<T>(Shared::query_features) + s * kM, 0, i);
         multiply_add_16<T>(x[0], x[1], left, right);
       }
       if (owns_features()) {
@@ -356,27 +372,38 @@ struct FarGrads : FarRows<Shape> {
         for (int k = 0; k < kV; k += 16) {
           unsigned left[4], right[4];
           load_left<kV>(left, at<T>(Shared::values), row0, k);
-          load_right<kV>(right, at<T>(Shared::grads), s, k);
+          load_right<kV>(right, at<T>(Shared::grads) + s * kV, 0, k);
           multiply_add_16<T>(y[0], y[1], left, right);
         }
       }
-      DIJIANG_UNROLL()
-      for (int n = 0; n < 2; ++n) {
+      const auto each = [&](const auto& take) {
         DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) {
-          const int query = s + 8 * n + 2 * (lane % 4) + e % 2, key = row(e / 2);
-          const float times = key <= query ? decay(key, query) : 0.0f;
-          const float delta = at<FarRow>(Shared::numbers)[query].delta;
-          x[n][e] = key <= query ? x[n][e] * times : 0.0f;
-          y[n][e] = key <= query ? (y[n][e] - delta) * times : 0.0f;
+        for (int i = 0; i < 8; ++i) {
+          const int query = s + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+          take(x[i / 4][i % 4], y[i / 4][i % 4], row(i % 4 / 2), query);
         }
+      };
+      each(
+          [&](float&, float& g, int, int query) { g -= at<FarRow>(Shared::numbers)[query].delta; });
+      if (a.has_decay) {
+        each([&](float& w, float& g, int key, int query) {
+          const float times = key <= query ? decay(key, query) : 0.0f;
+          w *= times;
+          g *= times;
+        });
+      }
+      if (s == row0) {
+        each([](float& w, float& g, int key, int query) {
+          w = key <= query ? w : 0.0f;
+          g = key <= query ? g : 0.0f;
+        });
       }
       unsigned w[4];
       pack_left<T>(w, x[0], x[1]);
       DIJIANG_UNROLL()
       for (int k = 0; k < kOwn; k += 16) {
         unsigned grad[4];
-        load_right_transposed<kV>(grad, at<T>(Shared::grads), first_own + k, s);
+        load_right_transposed<kV>(grad, at<T>(Shared::grads) + s * kV, first_own + k, 0);
         multiply_add_16<T>(dv[k / 8], dv[k / 8 + 1], w, grad);
       }
       if (!owns_features()) continue;
@@ -399,19 +426,19 @@ struct FarGrads : FarRows<Shape> {
       for (int half = 0; half < 2; ++half) {
         late[half] = static_cast<float>(levels[kTileRows - 1] - levels[row(half)]);
       }
+      add_to_rows(u, late);
     }
+    const bool kept[2] = {row(0) < count, row(1) < count};
+    leave_out(u, kept);
+    // Empty features have scales that make 0 of all.
+    exp2_tiles<kMost, false, false>(u, all_moderate(scale, kM), [&](int t, int e) {
+      return scale[8 * t + 2 * (lane % 4) + e % 2];
+    });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        float x[2];
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const float y = exp2_below<kMost>(u[t][2 * half + e] + late[half], scale[column + e]);
-          x[e] = row(half) >= count || scale[column + e] < kNone ? 0.0f : y;
-        }
-        phi[t][half] = pack<T>(x[0], x[1]);
+        phi[t][half] = pack<T>(u[t][2 * half], u[t][2 * half + 1]);
       }
     }
   }
@@ -491,6 +518,8 @@ struct FarGrads : FarRows<Shape> {
     __syncthreads();
     sum_queries(db);
     times_features(db, Shared::query_features);
+    // Read again by the few that want it, rather than kept by all.
+    if (params().kind != FeatureKind::kExp) this->exponents(tile, map, params().fq, head, u);
     this->finish_side(side(0, head), tile, map, db, u);
   }
   // Likewise the chunk's keys, when all queries have been added.

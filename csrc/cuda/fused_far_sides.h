@@ -84,23 +84,24 @@ struct FarSides : FarRows<Shape> {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void make_features(const float (&u)[kM / 8][4]) {
+  // An empty feature of the state, to which no row could refer, has a scale that makes 0 of all.
+  __device__ __forceinline__ void make_features(float (&u)[kM / 8][4]) {
     constexpr int kMost = 126;  // few, unless weights are not over den
     const float* scale = at<float>(Shared::scale);
+    add_to_rows(u, decay);
+    const bool kept[2] = {times[0] != 0.0f, times[1] != 0.0f};
+    const bool moderate =
+        all_moderate(scale, kM) &&
+        __all_sync(~0u, fabsf(shift[0]) <= kModerate && fabsf(shift[1]) <= kModerate);
+    exp2_tiles<kMost, false, false>(u, moderate, [&](int t, int e) {
+      return scale[8 * t + 2 * (lane % 4) + e % 2] + (e < 2 ? shift[0] : shift[1]);
+    });
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        float x[2];
-        DIJIANG_UNROLL()
-        for (int e = 0; e < 2; ++e) {
-          const float y =
-              exp2_below<kMost>(u[t][2 * half + e] + decay[half], scale[column + e] + shift[half]);
-          // An empty state has no scale to which a row could refer.
-          x[e] = times[half] == 0.0f || scale[column + e] < kNone ? 0.0f : y * times[half];
-        }
-        phi[t][half] = pack<T>(x[0], x[1]);
+        const unsigned x = pack<T>(u[t][2 * half] * times[half], u[t][2 * half + 1] * times[half]);
+        phi[t][half] = kept[half] ? x : 0;  // a row that is not may hold anything
       }
     }
   }
@@ -163,6 +164,8 @@ struct FarSides : FarRows<Shape> {
     this->exponents(tile, map, side.feature, side.head, u);
     make_features(u);
     find_gradients(g);
+    // Read again by the few that want it, rather than kept by all.
+    if (params().kind != FeatureKind::kExp) this->exponents(tile, map, side.feature, side.head, u);
     this->finish_side(side, tile, map, g, u);
     if (kKeys) write_values();
   }

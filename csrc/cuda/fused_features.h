@@ -64,23 +64,20 @@ struct FeatureMap {
   template <int kUnroll, class Left>
   __device__ __forceinline__ void exponents(const void* betas, int head, float (&u)[kM / 8][4],
                                             const Left& left) const {
-    const int lane = threadIdx.x % 32;
     const auto* high = reinterpret_cast<const T*>(matrix);
     const T* low = high + kM * kD;
     const bool has_beta = betas && p.kind == FeatureKind::kExp;
-    float square[2] = {0.0f, 0.0f};
+    float square[2] = {0.0f, 0.0f}, products[2][4];  // products: of rows with rows
+    clear(products);
     clear(u);
     DIJIANG_UNROLL(kUnroll)
     for (int k = 0; k < kD; k += 16) {
       unsigned a[4];
       left(a, k);
       if (has_beta) {
-        DIJIANG_UNROLL()
-        for (int i = 0; i < 4; ++i) {
-          const Pair<T> x = unpack<T>(a[i]);
-          square[i % 2] = fmaf(x.first, x.first, square[i % 2]);
-          square[i % 2] = fmaf(x.second, x.second, square[i % 2]);
-        }
+        // As a right operand the same registers are 8 rows as columns.
+        multiply_add<T>(products[0], a, a[0], a[2]);
+        multiply_add<T>(products[1], a, a[1], a[3]);
       }
       DIJIANG_UNROLL()
       for (int i = 0; i < kM; i += 16) {
@@ -94,26 +91,39 @@ struct FeatureMap {
     if (has_beta) {
       const float factor =
           static_cast<const float*>(betas)[head] * (static_cast<float>(p.scale) * kLog2e);
-      square[0] = quad_sum(square[0]) * factor;
-      square[1] = quad_sum(square[1]) * factor;
+      // Row g's own column is that of lane g / 2 of its quad.
+      const int g = threadIdx.x % 32 / 4, from = 4 * g + g / 2;
+      square[0] = __shfl_sync(~0u, g % 2 ? products[0][1] : products[0][0], from) * factor;
+      square[1] = __shfl_sync(~0u, g % 2 ? products[1][3] : products[1][2], from) * factor;
     }
     const auto* line = reinterpret_cast<const FeatureLine*>(lines);
     if (p.kind == FeatureKind::kSoftmax) normalise_rows(line, static_cast<int>(p.num_features), u);
+    // A kind has its own loop: asked for each exponent it would be half of the work.
+    if (p.kind == FeatureKind::kExp) {
+      each_exponent(u, line, [&](float x, const FeatureLine& l, int half) {
+        return fmaf(x, l.gain, l.weight) - square[half];
+      });
+    } else if (p.kind == FeatureKind::kElu) {
+      each_exponent(u, line, [](float x, const FeatureLine& l, int) {
+        const float y = x * l.gain;
+        // An exponent needs no more than log(1 + y) gives.
+        return (y > 0.0f ? fast_log2(fmaf(y, kLn2, 1.0f)) : y) + l.weight;
+      });
+    } else {
+      each_exponent(u, line, [](float x, const FeatureLine& l, int) { return x + l.weight; });
+    }
+  }
+
+  // x of feature l and the lane's row `half` becomes find(x, l, half).
+  template <class Find>
+  __device__ __forceinline__ static void each_exponent(float (&u)[kM / 8][4],
+                                                       const FeatureLine* lines, const Find& find) {
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
+      const int column = 8 * t + 2 * (threadIdx.x % 4);
+      const FeatureLine line[2] = {lines[column], lines[column + 1]};
       DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        const FeatureLine l = line[8 * t + 2 * (lane % 4) + e % 2];
-        if (p.kind == FeatureKind::kExp) {
-          u[t][e] = fmaf(u[t][e], l.gain, l.weight) - square[e / 2];
-        } else if (p.kind == FeatureKind::kElu) {
-          const float y = u[t][e] * l.gain;
-          // An exponent needs no more than log(1 + y) gives.
-          u[t][e] = (y > 0.0f ? fast_log2(fmaf(y, kLn2, 1.0f)) : y) + l.weight;
-        } else {
-          u[t][e] += l.weight;
-        }
-      }
+      for (int e = 0; e < 4; ++e) u[t][e] = find(u[t][e], line[e % 2], e / 2);
     }
   }
 

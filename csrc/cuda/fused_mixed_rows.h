@@ -104,7 +104,8 @@ struct MixedRows : NearRows<Shape> {
     const auto* state = reinterpret_cast<const __nv_bfloat16*>(far(Shape::state));
     float b[kM / 8][4];
     find_exponents(b);
-    bool any[2];
+    float away[2];  // r; where there is nothing to refer to, features are to be 0
+    bool moderate = true;
     {
       float most[2] = {kEmpty, kEmpty}, next[2];
       DIJIANG_UNROLL()
@@ -117,11 +118,17 @@ struct MixedRows : NearRows<Shape> {
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
         const float r = ceilf(quad_max(most[half]));
-        any[half] = r > kNone;
-        next[half] = any[half] ? fmaxf(top[half], r) : top[half];
+        const bool any = r > kNone;
+        next[half] = any ? fmaxf(top[half], r) : top[half];
+        away[half] = any ? next[half] : -kEmpty;
+        moderate = moderate && (fabsf(next[half]) <= kModerate || !any);
       }
       this->raise_to(next);
     }
+    moderate = __all_sync(~0u, moderate) && all_moderate(scale, kM);
+    exp2_tiles<1, true, false>(b, moderate, [&](int t, int e) {
+      return scale[8 * t + 2 * j + e % 2] - (e < 2 ? away[0] : away[1]);
+    });
     float seen_sum[2] = {0.0f, 0.0f};  // of what the products see, a lane's part
     DIJIANG_UNROLL()
     for (int i = 0; i < kM; i += 16) {
@@ -131,12 +138,10 @@ struct MixedRows : NearRows<Shape> {
         const int column = i + 8 * t + 2 * j;
         DIJIANG_UNROLL()
         for (int half = 0; half < 2; ++half) {
-          const float* exponents = b[i / 8 + t] + 2 * half;
           float x[2];
           DIJIANG_UNROLL()
           for (int e = 0; e < 2; ++e) {
-            const float y = exp2_below(exponents[e], scale[column + e] - top[half]);
-            x[e] = any[half] ? y * power_of_two(Shape::kLift) : 0.0f;
+            x[e] = b[i / 8 + t][2 * half + e] * power_of_two(Shape::kLift);
             sum[half] = fmaf(x[e], z[column + e], sum[half]);
           }
           const Split<kParts> split(x[0], x[1]);

@@ -206,7 +206,7 @@ struct NearWalk {
       DIJIANG_UNROLL()
       for (int n = 0; n < kGroup; n += 16) {
         unsigned b[4];
-        load_right<kD>(b, key_tile, s + n, k);
+        load_right<kD>(b, key_tile + s * kD, n, k);  // s apart: then addresses are the loop's own
         multiply_add_16<T>(x[n / 8], x[n / 8 + 1], query[k / 16], b);
       }
     }
@@ -366,35 +366,30 @@ struct NearRows : NearWalk<Shape> {
 
   // --- rows --------------------------------------------------------------------------------------
 
-  // One of the lane's two rows: outputs, 16 bytes a lane, and statistics.
+  // One of the lane's two rows: outputs and statistics.
   __device__ __forceinline__ void write_row(int half) {
     const LinearAttentionParams& p = a.params;
-    const int row = row0 + lane / 4 + 8 * half, j = lane % 4;
+    const int row = row0 + lane / 4 + 8 * half;
     const bool mine = row < rows;
-    const int token = chunk->query_token + first_row + row;
-    const int64_t at = row_index(p, p.num_heads, chunk->batch, head, token);
+    const int first = chunk->query_token + first_row + row0 + lane / 4;
+    const int64_t at = row_index(p, p.num_heads, chunk->batch, head, first) + 8 * half;
     const float weights = quad_sum(sum[half]);
     float scale = top[half], down = power_of_two(-Shape::kLift);
     if (scale < kNone) {  // nothing but scores that weigh nothing; of -infinity alone, NaN
       down = scale == -INFINITY ? NAN : 0.0f;
       scale = kEmpty;
     }
-    const RowEnd end = finish_row(p, den[2 * half] * down, scale);
     DIJIANG_UNROLL()
-    for (int n = 0; n < kV / 8; n += 4) {
-      unsigned packed[4];
+    for (int n = 0; n < kV / 8; ++n) {
       DIJIANG_UNROLL()
-      for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<T>(row_output(p, out[n + i][2 * half] * down, end, scale),
-                            row_output(p, out[n + i][2 * half + 1] * down, end, scale));
-      }
-      transpose_quad(packed);
-      if (mine && (n + j) * 8 < this->value_width()) {
-        auto* to = static_cast<T*>(p.out) + at * p.headdim_v + first_column + (n + j) * 8;
-        *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      }
+      for (int e = 0; e < 2; ++e) out[n][2 * half + e] *= down;
     }
-    if (!mine || j != 0 || first_column != 0) return;
+    float y[kV / 8][2];
+    take_outputs(p, y, out, half, den[2 * half] * down, scale);
+    store_row(static_cast<T*>(p.out) + at * p.headdim_v + first_column, y,
+              mine ? this->value_width() : 0);
+    if (!p.row_scale && !p.row_sum) return;
+    if (!mine || lane % 4 != 0 || first_column != 0) return;
     // The backward has weights as float: so is their sum.
     const RowEnd saved = finish_row(p, weights * down, scale);
     if (p.row_scale) static_cast<float*>(p.row_scale)[at] = saved.scale;

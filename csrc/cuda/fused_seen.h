@@ -22,7 +22,7 @@ __device__ __forceinline__ bool any_not_finite(const T* tile, int s) {
   DIJIANG_UNROLL()
   for (int j = 0; j < kColumns; j += 16) {
     unsigned b[4];
-    load_right_transposed<kWidth>(b, tile, j, s);
+    load_right_transposed<kWidth>(b, tile + s * kWidth, j, 0);
     DIJIANG_UNROLL()
     for (int r = 0; r < 4; ++r) tests |= test_finite<T>(b[r]);
   }
@@ -75,7 +75,7 @@ __device__ __forceinline__ void add_seen(float (&sum)[kColumns / 8][4], const un
   DIJIANG_UNROLL()
   for (int j = 0; j < kColumns; j += 16) {
     unsigned b[4];
-    load_right_transposed<kWidth>(b, tile, j, s);
+    load_right_transposed<kWidth>(b, tile + s * kWidth, j, 0);
     if (apart) keep_finite<T>(b);
     multiply_add_16<T>(sum[j / 8], sum[j / 8 + 1], w, b);
   }

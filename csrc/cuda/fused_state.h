@@ -22,6 +22,8 @@ struct StateWalk {
   int kv_head, first_column, slice;
   int lane, warp, row0;
   float state[kStateTiles][kM / 8][4];  // columns of v by features, at the scale Shared::scale
+  bool moderate = false;                // M' is in all features
+  bool rescales = true;                 // Shared::factor is not 1 in all features
 
   // blockIdx.z counts blocks of columns, then slices from first_slice on.
   __device__ __forceinline__ StateWalk(const Attention& attention, char* raw, int head,
@@ -79,7 +81,8 @@ struct StateWalk {
   // Exponents of the features of the warp's rows of a tile.
   __device__ __forceinline__ void exponents(const T* tile, const Map& map, const void* betas,
                                             int head, float (&u)[kM / 8][4]) {
-    map.template exponents<2>(
+    // With 128 features registers have no room for more.
+    map.template exponents<kM == 64 ? 4 : 2>(
         betas, head, u, [&](unsigned(&left)[4], int k) { load_left<kD>(left, tile, row0, k); });
   }
   __device__ __forceinline__ void key_exponents(float (&u)[kM / 8][4]) {
@@ -87,22 +90,23 @@ struct StateWalk {
     exponents(at<T>(Shared::keys), map, params().fk.beta, kv_head, u);
   }
 
-  // u: exponents of the warp's rows, decayed as the walk is; kept: the lane's two. state_decay,
-  // where decayed: up to where theirs goes. Leaves M', what state and z are multiplied by to refer
-  // to it, and the features weigh(half, 2^(u - M')) in shared memory, which are there behind a
-  // barrier. between: called when all warps are done with what they did before.
+  // u: exponents of the warp's rows, decayed as the walk is, overwritten; kept: the lane's two.
+  // state_decay, where decayed: up to where theirs goes. Leaves M', what state and z are multiplied
+  // by to refer to it, and the features weigh(half, 2^(u - M')) in shared memory, which are there
+  // behind a barrier. between: called when all warps are done with what they did before.
   template <class Between, class Weigh>
-  __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
-                                                   const bool (&kept)[2], bool decayed,
-                                                   float state_decay, const Between& between,
-                                                   const Weigh& weigh) {
-    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u, kept);
+  __device__ __forceinline__ void prepare_features(float (&u)[kM / 8][4], const bool (&kept)[2],
+                                                   bool decayed, float state_decay,
+                                                   const Between& between, const Weigh& weigh) {
+    leave_out(u, kept);
+    store_column_maxima(at<float>(Shared::maxima) + warp * kM, u);
     __syncthreads();
     between();
 
     // Every warp for itself: they all write the same numbers.
     float* top = at<float>(Shared::top);
     float* factor = at<float>(Shared::factor);
+    bool all_moderate = true, any_factor = false;
     for (int i = lane; i < kM; i += 32) {
       const float most = column_maximum<kM>(at<float>(Shared::maxima), i);
       float before = at<float>(Shared::scale)[i], times = 1.0f;
@@ -114,23 +118,26 @@ struct StateWalk {
         at<float>(Shared::next_rest)[i] = rest;
       }
       const float most_of_all = fmaxf(before, ceilf(most));
-      times = scale2(times, before - most_of_all);
+      if (before != most_of_all) times = scale2(times, before - most_of_all);
       top[i] = most_of_all;
       factor[i] = times;
+      all_moderate = all_moderate && (fabsf(most_of_all) <= kModerate || most_of_all == kEmpty);
+      any_factor = any_factor || times != 1.0f;
       at<float>(Shared::top_z)[i] = at<float>(Shared::z)[i] * times;
     }
+    moderate = __all_sync(~0u, all_moderate);
+    rescales = __any_sync(~0u, any_factor);
     __syncwarp();
 
+    exp2_tiles<1, true, true>(u, moderate,
+                              [&](int t, int e) { return -top[8 * t + 2 * (lane % 4) + e % 2]; });
     auto* features = at<__nv_bfloat16>(Shared::features);
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
-      const float top0 = top[column], top1 = top[column + 1];
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
-        const Split<kParts> x(
-            kept[half] ? weigh(half, exp2_below(u[t][2 * half], -top0)) : 0.0f,
-            kept[half] ? weigh(half, exp2_below(u[t][2 * half + 1], -top1)) : 0.0f);
+        const Split<kParts> x(weigh(half, u[t][2 * half]), weigh(half, u[t][2 * half + 1]));
         DIJIANG_UNROLL()
         for (int part = 0; part < kParts; ++part) {
           store_pair(features + part * kTileRows * kM, row0 + lane / 4 + 8 * half, column,
@@ -141,9 +148,9 @@ struct StateWalk {
   }
 
   template <class Between>
-  __device__ __forceinline__ void prepare_features(const float (&u)[kM / 8][4],
-                                                   const bool (&kept)[2], bool decayed,
-                                                   float state_decay, const Between& between) {
+  __device__ __forceinline__ void prepare_features(float (&u)[kM / 8][4], const bool (&kept)[2],
+                                                   bool decayed, float state_decay,
+                                                   const Between& between) {
     prepare_features(u, kept, decayed, state_decay, between, [](int, float x) { return x; });
   }
 
@@ -158,24 +165,30 @@ struct StateWalk {
 
   // --- state -------------------------------------------------------------------------------------
 
+  struct Ones {};  // every row
   // weigh: what a row of the tile counts in z.
   template <class Weigh>
   __device__ __forceinline__ void update_state(const T* value_tile, bool decayed,
                                                const Weigh& weigh) {
-    const auto* factor = at<float>(Shared::factor);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kM / 8; ++t) {
-      const int column = 8 * t + 2 * (lane % 4);
-      const float factor0 = factor[column], factor1 = factor[column + 1];
+    if (rescales) {
+      const auto* factor = at<float>(Shared::factor);
       DIJIANG_UNROLL()
-      for (int n = 0; n < kStateTiles; ++n) {
+      for (int t = 0; t < kM / 8; ++t) {
+        const int column = 8 * t + 2 * (lane % 4);
+        const float factor0 = factor[column], factor1 = factor[column + 1];
         DIJIANG_UNROLL()
-        for (int e = 0; e < 4; ++e) state[n][t][e] *= e % 2 ? factor1 : factor0;
+        for (int n = 0; n < kStateTiles; ++n) {
+          DIJIANG_UNROLL()
+          for (int e = 0; e < 4; ++e) state[n][t][e] *= e % 2 ? factor1 : factor0;
+        }
       }
     }
-    // Each warp sums the features of a quarter, as the product sees them.
+    // Each warp sums the features of a quarter, as the product sees them: those of a column are in
+    // sums[n][0] and [1] of all rows, but where rows weigh in sums[n][0] of the lanes of a quad.
     constexpr int kOwn = kM / (8 * kWalkWarps);
-    float sums[kOwn] = {};
+    constexpr bool kOnes = std::is_same_v<Weigh, Ones>;
+    float sums[kOwn][4];
+    clear(sums);
     DIJIANG_UNROLL()
     for (int s = 0; s < kTileRows; s += 16) {
       unsigned v[kStateTiles][kParts][4];
@@ -204,32 +217,49 @@ struct StateWalk {
         for (int n = 0; n < kStateTiles; ++n) {
           multiply_parts_16<kParts>(state[n][i / 8], state[n][i / 8 + 1], v[n], b);
         }
-        if (i / (8 * kOwn) != warp) continue;
+      }
+      DIJIANG_UNROLL()
+      for (int n = 0; n < kOwn; n += 2) {
         DIJIANG_UNROLL()
-        for (int r = 0; r < 4; ++r) {
-          DIJIANG_UNROLL()
-          for (int part = 0; part < kParts; ++part) {
-            const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[part][r]);
-            const int row = s + r % 2 * 8 + 2 * (lane % 4);
-            sums[(i / 8 + r / 2) % kOwn] += x.first * weigh(row) + x.second * weigh(row + 1);
+        for (int part = 0; part < kParts; ++part) {
+          unsigned b[4];
+          load_right_transposed<kM>(b, at<__nv_bfloat16>(Shared::features) + part * kTileRows * kM,
+                                    (warp * kOwn + n) * 8, s);
+          if constexpr (kOnes) {
+            const unsigned one = pack<__nv_bfloat16>(1.0f, 1.0f), ones[4] = {one, one, one, one};
+            multiply_add_16<__nv_bfloat16>(sums[n], sums[n + 1], ones, b);
+          } else {
+            DIJIANG_UNROLL()
+            for (int r = 0; r < 4; ++r) {
+              const Pair<__nv_bfloat16> x = unpack<__nv_bfloat16>(b[r]);
+              const int row = s + r % 2 * 8 + 2 * (lane % 4);
+              sums[n + r / 2][0] += x.first * weigh(row) + x.second * weigh(row + 1);
+            }
           }
         }
       }
     }
+    const auto add = [&](int i, float sum) {
+      at<float>(Shared::z)[i] = at<float>(Shared::top_z)[i] + sum;
+      at<float>(Shared::scale)[i] = at<float>(Shared::top)[i];
+      if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
+    };
     DIJIANG_UNROLL()
     for (int n = 0; n < kOwn; ++n) {
-      const float sum = quad_sum(sums[n]);
-      const int i = (warp * kOwn + n) * 8 + lane / 4;
-      if (lane % 4 == 0) {
-        at<float>(Shared::z)[i] = at<float>(Shared::top_z)[i] + sum;
-        at<float>(Shared::scale)[i] = at<float>(Shared::top)[i];
-        if (decayed) at<float>(Shared::rest)[i] = at<float>(Shared::next_rest)[i];
+      const int first = (warp * kOwn + n) * 8;
+      if constexpr (kOnes) {
+        if (lane >= 4) continue;
+        add(first + 2 * lane, sums[n][0]);
+        add(first + 2 * lane + 1, sums[n][1]);
+      } else {
+        const float sum = quad_sum(sums[n][0]);
+        if (lane % 4 == 0) add(first + lane / 4, sum);
       }
     }
   }
 
   __device__ __forceinline__ void update_state(const T* value_tile, bool decayed) {
-    update_state(value_tile, decayed, [](int) { return 1.0f; });
+    update_state(value_tile, decayed, Ones{});
   }
 
   // take(i, n, x): x of the lane's state belongs to feature i and its part n of the columns.

@@ -16,7 +16,7 @@ constexpr int kWalkThreads = 32 * kWalkWarps;
 
 template <int kWidth>
 __device__ inline int tile_offset(int row, int column) {
-  return row * kWidth + (((column / 8) ^ (row % 8)) * 8) + column % 8;
+  return row * kWidth + (column ^ (row % 8 * 8));
 }
 
 // Of a tile stored [row][depth] as the left operand: rows [row, row + 16), depth [k, k + 16).
@@ -144,17 +144,81 @@ __device__ inline float round_whole(float x) {
   return fabsf(x) < 8388608.0f ? __fadd_rn(__fadd_rn(x, big), -big) : x;
 }
 
+constexpr float kWholes = 12582912.0f;  // 1.5 2^23: a whole number added stands in the lowest bits
+// 2^e of e + kWholes, e in [-127, 127]; of -127 it is 0.
+__device__ inline float power_of_wholes(float e) {
+  return __int_as_float(static_cast<int>(static_cast<unsigned>(__float_as_int(e)) << 23) +
+                        0x3F800000);
+}
+
 // 2^(x + shift) for a whole shift, as exp2_scaled, of exponents that do not exceed kMost - 1 (but
 // by the rounding of exponents beyond 2^24).
 template <int kMost = 1>
 __device__ inline float exp2_below(float x, float shift) {
   static_assert(kMost <= 126);
   const float whole = round_whole(x), e = whole + shift;
-  const float fraction = fast_exp2(x - whole);
-  // A whole number added to 1.5 2^23 stands in the lowest bits.
-  const int bits = __float_as_int(__fadd_rn(fminf(fmaxf(e, -125.0f), float(kMost)), 12582912.0f));
-  const float y = fraction * __int_as_float((bits << 23) + 0x3F800000);  // a NaN stays one
-  return e < -125.0f ? 0.0f : y;
+  const float power = power_of_wholes(__fadd_rn(fminf(fmaxf(e, -127.0f), float(kMost)), kWholes));
+  const float y = multiply_flushed(fast_exp2(x - whole), power);  // a NaN stays one
+  return e < -127.0f ? 0.0f : y;
+}
+
+// The same bits where shifts are of moderate size (twice kModerate), with fewer instructions: what
+// lies below -2^22 is 0, and nothing lies above.
+constexpr float kModerate = 1048576.0f;
+template <int kMost = 1, bool kBounded = true>
+__device__ inline float exp2_moderate(float x, float shift) {
+  const float whole = __fadd_rn(fmaxf(x, -4194304.0f), kWholes);
+  float e = fmaxf(__fadd_rn(whole, shift), kWholes - 127.0f);
+  if (!kBounded) e = fminf(e, kWholes + float(kMost));
+  return multiply_flushed(fast_exp2(x - __fadd_rn(whole, -kWholes)), power_of_wholes(e));
+}
+
+// x[t][e] becomes 2^(x + shift(t, e)), in either way; t and e may be no constants, so that
+// what lies in registers must not be taken by them as an index. kBounded:
+// exponents are known not to exceed kMost. kEmpties: a shift of -kEmpty is moderate, too, as it
+// stands beside exponents of kEmpty or less.
+template <int kMost, bool kBounded, bool kEmpties, int kTiles, class Shift>
+__device__ __forceinline__ void exp2_tiles(float (&x)[kTiles][4], bool moderate,
+                                           const Shift& shift) {
+  if (moderate) {
+    DIJIANG_UNROLL()
+    for (int t = 0; t < kTiles; ++t) {
+      DIJIANG_UNROLL()
+      for (int e = 0; e < 4; ++e) {
+        const float by = kEmpties ? fminf(shift(t, e), 4194304.0f) : shift(t, e);
+        x[t][e] = exp2_moderate<kMost, kBounded>(x[t][e], by);
+      }
+    }
+    return;
+  }
+  // Rare: a loop of few instructions, for which the numbers go through memory.
+  float y[4 * kTiles];
+  DIJIANG_UNROLL()
+  for (int i = 0; i < 4 * kTiles; ++i) y[i] = x[i / 4][i % 4];
+  DIJIANG_UNROLL(1)
+  for (int i = 0; i < 4 * kTiles; ++i) y[i] = exp2_below<kMost>(y[i], shift(i / 4, i % 4));
+  DIJIANG_UNROLL()
+  for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = y[i];
+}
+
+// Whether all of so many scales are moderate, or empty; by a warp.
+__device__ __forceinline__ bool all_moderate(const float* scales, int count) {
+  bool all = true;
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    all = all && (fabsf(scales[i]) <= kModerate || scales[i] == kEmpty);
+  }
+  return __all_sync(~0u, all);
+}
+
+// Exponents of rows that are not kept, of the lane's two: -infinity.
+template <int kTiles>
+__device__ __forceinline__ void leave_out(float (&x)[kTiles][4], const bool (&kept)[2]) {
+  if (__all_sync(~0u, kept[0] && kept[1])) return;
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles; ++t) {
+    DIJIANG_UNROLL()
+    for (int e = 0; e < 4; ++e) x[t][e] = kept[e / 2] ? x[t][e] : -INFINITY;
+  }
 }
 
 // Register t of lane j of a quad goes to register j of lane t.
@@ -173,6 +237,20 @@ __device__ inline void transpose_quad(unsigned (&r)[4]) {
         r[t + step] = got;
       }
     }
+  }
+}
+
+// A row of fragments, one of a lane's two, to memory: `width` columns at most, 8 bytes a lane and
+// two tiles, so that a quad fills whole sectors.
+template <class T, int kTiles>
+__device__ __forceinline__ void store_row(T* to, const float (&x)[kTiles][2], int width) {
+  const int j = threadIdx.x % 4, column = j % 2 * 8 + j / 2 * 4;
+  const bool odd = j % 2 != 0;
+  DIJIANG_UNROLL()
+  for (int t = 0; t < kTiles; t += 2) {
+    const unsigned first = pack<T>(x[t][0], x[t][1]), second = pack<T>(x[t + 1][0], x[t + 1][1]);
+    const unsigned got = __shfl_xor_sync(~0u, odd ? first : second, 1);
+    store_8(to + 8 * t + column, odd ? got : first, odd ? second : got, 8 * t + column < width);
   }
 }
 
@@ -200,17 +278,14 @@ __device__ inline int max_over_rows(float (&x)[kTiles][2]) {
   return first;
 }
 
-// Of the warp's rows so far as they are kept, the lane's two: the largest number in each column.
+// Of the warp's rows: the largest number in each column.
 template <int kTiles>
-__device__ __forceinline__ void store_column_maxima(float* maxima, const float (&x)[kTiles][4],
-                                                    const bool (&kept)[2]) {
+__device__ __forceinline__ void store_column_maxima(float* maxima, const float (&x)[kTiles][4]) {
   float most[kTiles][2];
   DIJIANG_UNROLL()
   for (int t = 0; t < kTiles; ++t) {
     DIJIANG_UNROLL()
-    for (int e = 0; e < 2; ++e) {
-      most[t][e] = fmaxf(kept[0] ? x[t][e] : kEmpty, kept[1] ? x[t][2 + e] : kEmpty);
-    }
+    for (int e = 0; e < 2; ++e) most[t][e] = fmaxf(x[t][e], x[t][2 + e]);
   }
   const int tile = max_over_rows(most);
   DIJIANG_UNROLL()

@@ -78,16 +78,14 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
   __device__ __forceinline__ void load_rows(T* tile, const ConstView& view, int head, int first,
                                             int width, int from_column = 0) {
     constexpr int kPieces = kWidth / 8, kStep = 32 / kPieces;
-    const T* base = static_cast<const T*>(view.data) + batch * view.stride_batch +
-                    head * view.stride_head + static_cast<int64_t>(token) * view.stride_seq +
-                    from_column;
-    const int column = lane % kPieces * 8;
+    const int column = lane % kPieces * 8, row = row0 + lane / kPieces;
+    const int left = column < width ? count - first - row : 0;  // rows from the lane's first one on
+    const T* from =
+        static_cast<const T*>(view.data) + batch * view.stride_batch + head * view.stride_head +
+        static_cast<int64_t>(token + first + row) * view.stride_seq + (from_column + column);
     DIJIANG_UNROLL()
     for (int i = 0; i < 16; i += kStep) {
-      const int row = row0 + i + lane / kPieces;
-      const bool inside = first + row < count && column < width;
-      const T* from = inside ? base + (first + row) * view.stride_seq + column : base;
-      copy_async(tile + tile_offset<kWidth>(row, column), from, inside);
+      copy_async(tile + tile_offset<kWidth>(row + i, column), from + i * view.stride_seq, i < left);
     }
   }
   __device__ __forceinline__ void load_keys(int first) {
@@ -159,7 +157,11 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     DIJIANG_UNROLL()
     for (int t = 0; t < kM / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
-      const float factor0 = factor[column], factor1 = factor[column + 1];
+      float factor0 = 1.0f, factor1 = 1.0f;
+      if (this->rescales) {
+        factor0 = factor[column];
+        factor1 = factor[column + 1];
+      }
       DIJIANG_UNROLL()
       for (int n = 0; n < 2 * kStateTiles; ++n) {
         const float* s = state[n / 2][t] + n % 2 * 2;
@@ -186,6 +188,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     const double* levels = at<double>(Shared::levels);
     unsigned query[kParts][kM / 16][4];
     float den[2] = {0.0f, 0.0f}, scale[2] = {kEmpty, kEmpty};
+    float own[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the chunk's own keys: own[0], own[2]
     {
       float b[kM / 8][4];
       const Map map{p, head_at(h), head_at(h) + Map::kMatrix};
@@ -204,17 +207,26 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
         const float r = ceilf(quad_max(scale[half]));
         scale[half] = r < kNone ? kEmpty : r;
       }
+      // Where there is nothing to refer to, features are 0.
+      float away[2];
+      bool moderate = this->moderate;
+      DIJIANG_UNROLL()
+      for (int half = 0; half < 2; ++half) {
+        const bool any = scale[half] > kNone;
+        away[half] = any ? scale[half] : -kEmpty;
+        moderate = moderate && (fabsf(scale[half]) <= kModerate || !any);
+      }
+      exp2_tiles<1, true, false>(b, __all_sync(~0u, moderate), [&](int t, int e) {
+        return top[8 * t + 2 * j + e % 2] - (e < 2 ? away[0] : away[1]);
+      });
       DIJIANG_UNROLL()
       for (int t = 0; t < kM / 8; ++t) {
         const int column = 8 * t + 2 * j;
-        const float top0 = top[column], top1 = top[column + 1];
         const float z0 = at<float>(Shared::top_z)[column],
                     z1 = at<float>(Shared::top_z)[column + 1];
         DIJIANG_UNROLL()
         for (int half = 0; half < 2; ++half) {
-          const bool any = scale[half] > kNone;
-          const Split<kParts> x(any ? exp2_below(b[t][2 * half], top0 - scale[half]) : 0.0f,
-                                any ? exp2_below(b[t][2 * half + 1], top1 - scale[half]) : 0.0f);
+          const Split<kParts> x(b[t][2 * half], b[t][2 * half + 1]);
           DIJIANG_UNROLL()
           for (int part = 0; part < kParts; ++part) {
             query[part][t / 2][t % 2 * 2 + half] = x.part[part];
@@ -263,7 +275,7 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
         if (s > row0) continue;
         float w[2][4];
         weigh_keys(w, query, s, masks_decay);
-        add_values(out, den, w, value_tile, s, 1.0f, 1.0f);
+        add_values(out, own, w, value_tile, s, 1.0f, 1.0f);
       }
     } else {
       // float16 has few exponents: weights are brought near its upper end, by a power of two that
@@ -292,12 +304,13 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
       }
       DIJIANG_UNROLL()
       for (int s = 0; s < kTileRows; s += 16) {
-        if (s <= row0) add_values(out, den, w[s / 16], value_tile, s, up[0], up[1]);
+        if (s <= row0) add_values(out, own, w[s / 16], value_tile, s, up[0], up[1]);
       }
       DIJIANG_UNROLL()
       for (int half = 0; half < 2; ++half) {
         const float down = 1.0f / up[half];
         den[half] *= down;
+        own[2 * half] *= down;
         DIJIANG_UNROLL()
         for (int t = 0; t < kV / 8; ++t) {
           out[t][2 * half] *= down;
@@ -311,9 +324,9 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + g + 8 * half;
       const bool mine = mode.single ? row == mode.last : row < tile_count;
-      const float sum = quad_sum(den[half]);
+      const float sum = quad_sum(den[half]) + own[2 * half];
       failed |= __ballot_sync(~0u, mine && sum < kUnsafeSum && j == 0) << (2 * half);
-      write_row(first + row, h, mine, sum, scale[half], out, half);
+      write_row(first + row0 + g, h, mine, sum, scale[half], out, half);
     }
     return failed;
   }
@@ -344,33 +357,35 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
       }
       multiply_parts_16<kParts>(w[0], w[1], a, b);
     }
-    const double* levels = at<double>(Shared::levels);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < 2; ++t) {
+    const auto each = [&](const auto& take) {
       DIJIANG_UNROLL()
-      for (int e = 0; e < 4; ++e) {
-        const int row = row0 + lane / 4 + e / 2 * 8, key = s + 8 * t + 2 * (lane % 4) + e % 2;
-        if (key > row) {
-          w[t][e] = 0.0f;
-        } else if (masks_decay) {
-          w[t][e] *= fast_exp2(static_cast<float>(levels[row] - levels[key]));
+      for (int t = 0; t < 2; ++t) {
+        DIJIANG_UNROLL()
+        for (int e = 0; e < 4; ++e) {
+          take(w[t][e], row0 + lane / 4 + e / 2 * 8, s + 8 * t + 2 * (lane % 4) + e % 2);
         }
       }
+    };
+    if (masks_decay) {
+      const double* levels = at<double>(Shared::levels);
+      each([&](float& x, int row, int key) {
+        if (key <= row) x *= fast_exp2(static_cast<float>(levels[row] - levels[key]));
+      });
+    }
+    if (s == row0) {
+      each([](float& x, int row, int key) { x = key > row ? 0.0f : x; });
     }
   }
 
   // out += w v over keys [s, s + 16), and their weights, as the product sees them, to the sums.
-  __device__ __forceinline__ void add_values(float (&out)[kV / 8][4], float (&den)[2],
+  __device__ __forceinline__ void add_values(float (&out)[kV / 8][4], float (&sums)[4],
                                              const float (&w)[2][4], const T* value_tile, int s,
                                              float up0, float up1) {
     const unsigned a[4] = {
         pack<T>(w[0][0] * up0, w[0][1] * up0), pack<T>(w[0][2] * up1, w[0][3] * up1),
         pack<T>(w[1][0] * up0, w[1][1] * up0), pack<T>(w[1][2] * up1, w[1][3] * up1)};
-    DIJIANG_UNROLL()
-    for (int r = 0; r < 4; ++r) {
-      const Pair<T> x = unpack<T>(a[r]);
-      den[r % 2] += x.first + x.second;
-    }
+    const unsigned ones = pack<T>(1.0f, 1.0f);
+    multiply_add<T>(sums, a, ones, ones);
     DIJIANG_UNROLL()
     for (int n = 0; n < kV; n += 16) {
       unsigned b[4];
@@ -380,15 +395,17 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
   }
 
   // One of the lane's two rows of a slice: with those before it, to memory. What slices before have
-  // left stays as it is, as a row that fails is written again.
+  // left stays as it is, as a row that fails is written again. at_token: of the first of the two.
   __device__ __forceinline__ void write_row(int at_token, int h, bool mine, float den, float scale,
                                             float (&out)[kV / 8][4], int half) {
     const LinearAttentionParams& p = params();
-    const int64_t row = row_index(p, p.num_heads, batch, first_head + h, token + at_token);
+    const int64_t row =
+        row_index(p, p.num_heads, batch, first_head + h, token + at_token) + 8 * half;
     const bool is_last = this->first_feature() + kM >= p.num_features;
     if (this->slice > 0 || !is_last) normalise_sums(den, scale, out, half);
-    if (mine && this->slice > 0)
+    if (mine && this->slice > 0) {
       add_sums(f.sums[(this->slice + 1) % 2], row, den, scale, out, half);
+    }
     if (is_last) {
       finish(row, mine, den, scale, out, half);
     } else if (mine) {
@@ -444,27 +461,17 @@ struct Walk : StateWalk<Shape, FusedShared<Shape, kRows>> {
     sums.scale[row] = scale;
   }
 
-  // Outputs, 16 bytes a lane, and statistics.
+  // Outputs and statistics.
   __device__ __forceinline__ void finish(int64_t row, bool mine, float den, float scale,
                                          const float (&out)[kV / 8][4], int half) {
     const LinearAttentionParams& p = params();
-    const int j = lane % 4;
-    const RowEnd end = finish_row(p, den, scale);
-    DIJIANG_UNROLL()
-    for (int t = 0; t < kV / 8; t += 4) {
-      unsigned packed[4];
-      DIJIANG_UNROLL()
-      for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<T>(row_output(p, out[t + i][2 * half], end, scale),
-                            row_output(p, out[t + i][2 * half + 1], end, scale));
-      }
-      transpose_quad(packed);
-      if (mine && (t + j) * 8 < this->value_width()) {
-        auto* to = static_cast<T*>(p.out) + row * p.headdim_v + first_column + (t + j) * 8;
-        *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      }
-    }
-    if (mine && j == 0 && first_column == 0) {
+    float y[kV / 8][2];
+    take_outputs(p, y, out, half, den, scale);
+    store_row(static_cast<T*>(p.out) + row * p.headdim_v + first_column, y,
+              mine ? this->value_width() : 0);
+    if (!p.row_scale && !p.row_sum) return;
+    if (mine && lane % 4 == 0 && first_column == 0) {
+      const RowEnd end = finish_row(p, den, scale);
       if (p.row_scale) static_cast<float*>(p.row_scale)[row] = end.scale;
       if (p.row_sum) static_cast<float*>(p.row_sum)[row] = end.sum;
     }

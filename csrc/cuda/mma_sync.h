@@ -40,6 +40,15 @@ __device__ inline void wait_copies() {
   DIJIANG_SM80(asm volatile("cp.async.wait_all;" ::: "memory");)
 }
 
+// 8 bytes to memory where `inside`: a predicate, as a branch would cost more than the store.
+__device__ inline void store_8(void* to, unsigned first, unsigned second, bool inside) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %3, 0;\n\t@p st.global.v2.b32 [%0], {%1, %2};\n\t}" ::
+          "l"(to),
+      "r"(first), "r"(second), "r"(int{inside})
+      : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8. Register i of a
 // lane is (g, 2j) of matrix i, transposed (2j, g).
 __device__ inline void load_matrices(unsigned (&r)[4], const void* row) {
@@ -102,6 +111,12 @@ __device__ inline float fast_log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// 0 in the place of what is below the smallest normal number.
+__device__ inline float multiply_flushed(float x, float y) {
+  float z;
+  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 }  // namespace dijiang::cuda

@@ -87,6 +87,16 @@ inline void wait_copies() {
   cuda_emulator::copies().pending.clear();
 }
 
+inline void store_8(void* to, unsigned first, unsigned second, bool inside) {
+  if (!inside) return;
+  if (reinterpret_cast<uintptr_t>(to) % 8 != 0) {
+    std::fprintf(stderr, "cuda emulator: a store of 8 bytes is not aligned\n");
+    std::abort();
+  }
+  const unsigned both[2] = {first, second};
+  std::memcpy(to, both, 8);
+}
+
 inline void load_matrices(unsigned (&r)[4], const void* row) {
   cuda_emulator::load_matrices(r, row, false);
 }
@@ -129,5 +139,9 @@ inline float fast_exp2(float x) {
   return y < 1.17549435e-38f ? 0.0f : y;
 }
 inline float fast_log2(float x) { return std::log2(x); }
+inline float multiply_flushed(float x, float y) {
+  const float z = x * y;
+  return std::fabs(z) < 1.17549435e-38f ? 0.0f : z;
+}
 
 }  // namespace dijiang::cuda

@@ -166,6 +166,22 @@ TEST(EmulatedMma, PowersShiftExactly) {
   EXPECT_TRUE(std::isnan(shifted[0]));
 }
 
+TEST(EmulatedMma, ModeratePowersAreTheSameBits) {
+  using dijiang::cuda::exp2_below;
+  using dijiang::cuda::exp2_moderate;
+  const auto same = [](float x, float y) { return x == y || (std::isnan(x) && std::isnan(y)); };
+  for (const float shift : {0.0f, 1.0f, -37.0f, 131071.0f, -2097151.0f}) {
+    const auto check = [&](float x) {
+      const float y = exp2_below(x, shift);
+      ASSERT_TRUE(same(y, exp2_moderate(x, shift))) << x << " " << shift;
+      ASSERT_TRUE(same(y, (exp2_moderate<1, false>(x, shift)))) << x << " " << shift;
+    };
+    for (int i = 0; i < 4096; ++i) check(-float(i) / 16.0f - shift);
+    for (int i = 0; i < 12700; ++i) check(-std::exp2(float(i) / 100.0f) - std::fabs(shift));
+    for (const float x : {-INFINITY, NAN, -1e30f}) check(x);
+  }
+}
+
 // --- attention -----------------------------------------------------------------------------------
 
 // The roundings of features, weights and output: plain PyTorch at the dtype is 7e-3 to 3e-2 off for
