@@ -55,14 +55,13 @@ from common import RESULTS, machine, table
 from dijiang import reference
 from dijiang.ops import FeatureParams
 from gpu_rows import Case, Group, Suite, rows_of
-from gpu_timing import capture, one_line, peak_memory, timed
+from gpu_timing import DEVICE, capture, one_line, peak_memory, timed
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMIT_FORWARD, LIMIT_BACKWARD = 1e-5, 2e-5
 LIMIT_CHOICE = 0.02  # ties that rounding decides, and what follows from them
 HEADS, KV_HEADS = 4, 2
-DEVICE = "cuda"
 
 CHECKS = "gpu_check.csv"
 TIMINGS = "gpu_check_timing.csv"

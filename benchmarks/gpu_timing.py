@@ -109,7 +109,7 @@ def timed(functions: Mapping[str, Callable], rounds: int = 20) -> dict[str, Time
                 function()
             hosts[name] = statistics.median(host_seconds(function) for _ in range(5))
             times[name] = []
-        except RuntimeError as error:
+        except Exception as error:  # compilers of other packages have errors of their own
             if not usable():
                 raise
             found[name] = one_line(error)
@@ -125,13 +125,32 @@ def timed(functions: Mapping[str, Callable], rounds: int = 20) -> dict[str, Time
 
 def peak_memory(function: Callable) -> float:
     """MiB that a call needs beyond what was there; on the CPU nan."""
-    if DEVICE == "cpu":
-        function()
-        return math.nan
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    reset_peak()
+    before = allocated()
     function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return most_allocated() - before / 2**20
+
+
+def reset_peak() -> None:
+    if DEVICE != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def allocated() -> int:
+    """Bytes that tensors hold on the device; on the CPU unknown, 0."""
+    return 0 if DEVICE == "cpu" else torch.cuda.memory_allocated()
+
+
+def most_allocated() -> float:
+    """MiB at the worst since reset_peak; on the CPU nan."""
+    return math.nan if DEVICE == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+
+
+def limit_memory(nbytes: float) -> None:
+    """Beyond it this process is out of memory, however much the device has."""
+    if DEVICE != "cpu":
+        has = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / has))
 
 
 def capture(function: Callable) -> Callable:
