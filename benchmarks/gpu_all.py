@@ -111,7 +111,7 @@ def judged_facts(out: Path) -> str:
     """Whether `dijiang info` says that the CUDA operators can be used, and on what."""
     text = (out / f"{FACTS}.txt").read_text()
     try:
-        facts = json.loads(text[text.index("{") :])
+        facts, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
     except ValueError:
         return f"FAILED: no facts in {FACTS}.txt"
     said = f"CUDA operators {facts['cuda_kernels']}, device {facts['cuda_device']}"

@@ -51,7 +51,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 POSITIONS = 2**16
 STEPS = {OURS: WINDOW, SOFTMAX: 16}  # keys are folded once in a window
 ROUNDS = 4  # of batch 1, in turn
-SPARE = 2**29  # bytes of a step's own tensors
+SPARE = 2**31  # bytes of a step's own tensors, and of those of its graph
 MODELS = {
     "Pythia 410M": GPTNeoXConfig(
         vocab_size=50304, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
@@ -162,8 +162,19 @@ def sequence_bytes(model: nn.Module, name: str, context: int) -> int:
     return total
 
 
-def attending(model: nn.Module, name: str) -> contextlib.AbstractContextManager:
-    return softmax_mode(model) if name == SOFTMAX else contextlib.nullcontext()
+@contextlib.contextmanager
+def attending(model: nn.Module, name: str) -> Iterator[None]:
+    """Within: the model attends so."""
+    if name == OURS:
+        yield
+        return
+    with softmax_mode(model):
+        try:
+            yield
+        finally:
+            # Told of the cache, but not asked for it: they would keep its keys in memory.
+            for kernel in kernels_by_layer(model).values():
+                kernel.cache_layer = None
 
 
 def step_of(model: nn.Module, name: str, batch: int, context: int) -> Callable:

@@ -163,4 +163,8 @@ def capture(function: Callable) -> Callable:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(held=function):  # with all the tensors that the graph reads and writes
+        graph.replay()
+
+    return replay

@@ -6,6 +6,7 @@ memory) is faked.
 
 import argparse
 import csv
+import gc
 import importlib
 import json
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from functools import partial
 
 import pytest
@@ -39,7 +41,7 @@ def bench(monkeypatch):
 
 
 def arguments(out: pathlib.Path, **more) -> argparse.Namespace:
-    options = dict(quick=True, skip=0, out=out, budget=1.0, only=None, longest=64)
+    options = dict(quick=True, skip=0, out=out, budget=80.0, only=None, longest=64)
     return argparse.Namespace(**(options | more))
 
 
@@ -299,7 +301,7 @@ def test_a_copy_moves_as_many_bytes(bench):
 
 @pytest.fixture
 def tiny(bench):
-    return bench.gpu_models.model_of("tiny LLaMA", 1e9)
+    return bench.gpu_models.model_of("tiny LLaMA", 8e10)
 
 
 def test_fixed_cache_attends_as_a_growing_one(bench, tiny):
@@ -320,6 +322,29 @@ def test_fixed_cache_attends_as_a_growing_one(bench, tiny):
     torch.testing.assert_close(logits[0], logits[1])
     torch.testing.assert_close(logits[2], logits[0])  # each step is at the same place
     assert fixed.get_seq_length() == 9 and growing.get_seq_length() == 10
+
+
+def test_softmax_steps_need_no_mask_and_leave_no_keys(bench, monkeypatch, tiny):
+    """One token sees all keys: a mask would cost the rival its fast kernels."""
+    models, seen, layers = bench.gpu_models, [], []
+    real = torch.nn.functional.scaled_dot_product_attention
+    made = models.softmax_cache
+
+    def attention(q, k, v, attn_mask=None, **options):
+        seen.append((attn_mask, k.shape[2], options.get("is_causal")))
+        return real(q, k, v, attn_mask=attn_mask, **options)
+
+    def cache(*given):
+        filled = made(*given)
+        layers.extend(map(weakref.ref, filled.layers))
+        return filled
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setitem(models.CACHES, bench.gpu.SOFTMAX, cache)
+    models.alone(tiny, bench.gpu.SOFTMAX, 256, 2)
+    assert set(seen) == {(None, 257, False)}
+    gc.collect()
+    assert [layer() for layer in layers] == [None, None]
 
 
 def test_filled_cache_decodes(bench, tiny):
@@ -374,10 +399,10 @@ def test_without_a_graph_there_is_a_note(bench, monkeypatch, tiny):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(models, "capture", refused)
-    row = models.batch_one("tiny LLaMA", 256, 1e9)
+    row = models.batch_one("tiny LLaMA", 256, 8e10)
     assert row["note"].count("no CUDA graph: RuntimeError: operation not permitted") == 2
     assert "graph tokens/s" not in row and float(row["throughput ratio"]) > 0
-    row = models.largest_batches("tiny LLaMA", 256, 1e9, 2)
+    row = models.largest_batches("tiny LLaMA", 256, 8e10, 2)
     assert row["note"].startswith("dijiang: no CUDA graph") and row["batch"] == 2
 
 
@@ -592,6 +617,19 @@ def test_a_graph_is_captured_after_warming_up(bench, device):
     assert device == ["call"] * 3 + ["begin", "call", "end"]
     replay()
     assert device[-1] == "replay"
+
+
+def test_a_graph_keeps_what_it_reads(bench, device):
+    """Its tensors' memory would else be given to others, while replays write to it."""
+    tensor = torch.zeros(1)
+    held = weakref.ref(tensor)
+    replay = bench.gpu_timing.capture(partial(tensor.add_, 1))
+    del tensor
+    gc.collect()
+    assert held() is not None
+    del replay
+    gc.collect()
+    assert held() is None
 
 
 def test_memory_is_measured_and_limited(bench, device):
