@@ -3,6 +3,7 @@
     python benchmarks/gpu_check.py                 # both; fails (exit 1) if a case does
     python benchmarks/gpu_check.py --no-timing     # correctness alone
     python benchmarks/gpu_check.py --only far      # one group, in this process
+    python benchmarks/gpu_check.py --smoke         # a few small cases, under compute-sanitizer say
 
 A group of cases is a child process, so that a fault on the device costs one case: the group goes on
 after it in a new process. Each row goes to its CSV (gpu_check.csv, gpu_check_timing.csv,
@@ -37,13 +38,9 @@ with hard keys chosen and with the same ones given.
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
 import itertools
 import math
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,20 +51,17 @@ from typing import NamedTuple
 import dijiang
 import torch
 import torch.nn.functional as F
-from common import RESULTS, machine, read, table
+from common import RESULTS, machine, table
 from dijiang import reference
 from dijiang.ops import FeatureParams
+from gpu_rows import Case, Group, Suite, rows_of
+from gpu_timing import DEVICE, capture, one_line, peak_memory, timed
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMIT_FORWARD, LIMIT_BACKWARD = 1e-5, 2e-5
 LIMIT_CHOICE = 0.02  # ties that rounding decides, and what follows from them
 HEADS, KV_HEADS = 4, 2
-# Exit statuses: all cases have run, but some failed; no later case of this process can run.
-# (Python itself ends with 1 after an exception.)
-WRONG, POISONED = 4, 3
-FAULTS = 3  # processes that a group may lose
-DEVICE = "cuda"
 
 CHECKS = "gpu_check.csv"
 TIMINGS = "gpu_check_timing.csv"
@@ -86,13 +80,6 @@ COLUMNS = {
         *("copy / call", "failure"),
     ),
 }
-
-
-class Case(NamedTuple):
-    """One row: what names it, and what finds the rest of its columns."""
-
-    head: dict
-    run: Callable[[], dict]
 
 
 class Problem(NamedTuple):
@@ -688,59 +675,6 @@ def state_cases() -> Iterator[Case]:
 # ---- timing --------------------------------------------------------------------------------------
 
 
-def host_seconds(function: Callable) -> float:
-    """What a call costs the host, which does not wait for the device."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    function()
-    seconds = time.perf_counter() - begin
-    torch.cuda.synchronize()
-    return seconds
-
-
-def device_milliseconds(function: Callable, host: float) -> float:
-    """One call, all launches of which are queued before the device begins."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Cycles, of at most 2 GHz.
-    torch.cuda._sleep(int(2e9 * min(2 * host + 3e-4, 0.05)))
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def timed(functions: dict[str, Callable], rounds: int = 20) -> dict[str, tuple[float, float] | str]:
-    """(median of the device, of the host) in ms, the functions in turn; the error of one that
-    fails."""
-    found: dict = {}
-    hosts: dict[str, float] = {}
-    times: dict[str, list[float]] = {}
-    for name, function in functions.items():
-        try:
-            for _ in range(3):
-                function()
-            hosts[name] = statistics.median(host_seconds(function) for _ in range(5))
-            times[name] = []
-        except RuntimeError as error:
-            if not usable():
-                raise
-            found[name] = one_line(error)
-            release()
-    for _ in range(rounds):
-        for name, values in times.items():
-            values.append(device_milliseconds(functions[name], hosts[name]))
-    return found | {n: (statistics.median(v), 1e3 * hosts[n]) for n, v in times.items()}
-
-
-def peak_memory(function: Callable) -> float:
-    """MiB that a call needs beyond what was there."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def beside_softmax(make: Callable[[], dict[str, Callable]], memory: bool) -> dict:
     """Columns of "dijiang" and "softmax", and how often faster."""
     functions = make()
@@ -750,11 +684,12 @@ def beside_softmax(make: Callable[[], dict[str, Callable]], memory: bool) -> dic
         if isinstance(times[name], str):
             failures.append(f"{name}: {times[name]}")
             continue
-        row[f"{name} ms"], row[f"{name} host ms"] = (f"{x:.4f}" for x in times[name])
+        row[f"{name} ms"] = f"{times[name].median:.4f}"
+        row[f"{name} host ms"] = f"{times[name].host:.4f}"
         if memory:
             row[f"{name} MiB"] = f"{peak_memory(function):.0f}"
     if not failures:
-        row["softmax / dijiang"] = f"{times['softmax'][0] / times['dijiang'][0]:.2f}"
+        row["softmax / dijiang"] = f"{times['softmax'].median / times['dijiang'].median:.2f}"
     return row | {"failure": "; ".join(failures)}
 
 
@@ -833,16 +768,6 @@ def token_calls(tokens: int, captured: bool) -> dict[str, Callable]:
     return {name: capture(call) for name, call in both.items()} if captured else both
 
 
-def capture(function: Callable) -> Callable:
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def timing_cases(longest: int) -> Iterator[Case]:
     for tokens in (n for n in (1024, 4096, 16384, 32768, 65536) if n <= longest):
         for what, make, memory in (
@@ -900,7 +825,7 @@ def time_far(batch: int, heads: int, tokens: int, label: str, train: bool) -> di
     times = timed(calls)
     for failure in (x for x in times.values() if isinstance(x, str)):
         return {"failure": failure}
-    call, copy = times["ours"][0], times["copy"][0]
+    call, copy = times["ours"].median, times["copy"].median
     return {
         "ms": f"{call:.4f}",
         "copy ms": f"{copy:.4f}",
@@ -920,14 +845,74 @@ def far_timing_cases(longest: int) -> Iterator[Case]:
             yield Case(head, partial(time_far, batch, heads, tokens, label, train))
 
 
+# ---- a few small cases, once ---------------------------------------------------------------------
+
+
+def attended(
+    dtype: torch.dtype, near: tuple, dim: int, features: int, kind: str = "exp", **options
+) -> list[Tensor]:
+    """kernelized_attention's output and gradients, a few chunks long."""
+    q, k, v = leaves(*random_qkv(dtype, 1, 150, dim))
+    maps = both_parameters(features, dim, kind)
+    out = dijiang.ops.kernelized_attention(q, k, v, *maps, **near_keys(*near), **options)
+    return [out, *torch.autograd.grad(out, (q, k, v), torch.randn_like(out))]
+
+
+def updated(dtype: torch.dtype, near: tuple) -> list[Tensor]:
+    """Tokens one by one, through the end of a block."""
+    decoder = Decoder(dtype, near, True, tokens=70)
+    state = decoder.state_after(60)
+    return [
+        decoder.update(*decoder.token(t), state, decoder.decay(t, t + 1)) for t in range(60, 70)
+    ]
+
+
+def mapped(dtype: torch.dtype) -> list[Tensor]:
+    (x,) = leaves(torch.randn(1, 3, 50, 64, dtype=dtype, device=DEVICE))
+    out = dijiang.ops.feature_map(x, of_map(3, 96, 64, "exp"), scale=0.125)
+    found = [out, *torch.autograd.grad(out.sum(), x)]
+    return [*found, *(dijiang.ops.dct(x, type=kind).detach() for kind in (2, 3))]
+
+
+def smoke_cases() -> Iterator[tuple[str, Callable[[torch.dtype], list[Tensor]]]]:
+    """Of each group; 16 bits take the fused kernels, float32 the others."""
+    ends = torch.tensor([0, 1, 70, 150], dtype=torch.int32, device=DEVICE)
+    yield "maps", mapped
+    yield "far keys alone", partial(attended, near=(0, 0), dim=64, features=64)
+    yield (
+        "far keys alone, decay",
+        partial(
+            attended, near=(0, 0), dim=80, features=40, kind="softmax", log_decay=rates(1, 150)
+        ),
+    )
+    yield "near keys alone", partial(attended, near=(64, 4), dim=64, features=0)
+    yield "hard keys", partial(attended, near=(16, 4, 24), dim=64, features=0)
+    yield "far beside near", partial(attended, near=(64, 4), dim=64, features=64)
+    yield (
+        "far beside near, hard keys, packed",
+        partial(attended, near=(16, 4, 24), dim=128, features=64, cu_seqlens=ends),
+    )
+    yield "updates", partial(updated, near=(16, 4, 24))
+
+
+def smoke() -> int:
+    """Each case once in this process, against nothing: what a sanitizer watches. Exit status."""
+    wrong = 0
+    for (name, run), (label, dtype) in itertools.product(
+        smoke_cases(), (("bfloat16", torch.bfloat16), ("float32", torch.float32))
+    ):
+        torch.manual_seed(0)
+        try:
+            sound = all(bool(x.isfinite().all()) for x in run(dtype))
+            text = "ran" if sound else "FAILED: not finite"
+        except Exception as error:
+            sound, text = False, f"FAILED: {one_line(error)}"
+        wrong += not sound
+        print(f"{name}, {label}: {text}", flush=True)
+    return 1 if wrong else 0
+
+
 # ---- groups of cases, each in processes of its own -----------------------------------------------
-
-
-class Group(NamedTuple):
-    file: str
-    cases: Callable[[argparse.Namespace], Iterator[Case]]
-    seconds: float  # of all its processes; few of them in a sound run
-    fused: bool = True
 
 
 def far_cases(_args) -> Iterator[Case]:
@@ -975,43 +960,6 @@ GROUPS = {  # in the order of their running
 }
 
 
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def release() -> None:
-    """What a failed case left in memory."""
-    gc.collect()
-    if usable():
-        torch.cuda.empty_cache()
-
-
-def usable() -> bool:
-    """Whether the device still answers this process: most faults are for ever."""
-    try:
-        torch.cuda.synchronize()
-        torch.ones(1, device=DEVICE).item()
-    except RuntimeError:
-        return False
-    return True
-
-
-def start(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# {torch.cuda.get_device_name()}, {machine()}\n")
-        csv.writer(file).writerow(COLUMNS[path.name])
-
-
-def append(path: Path, row: dict) -> None:
-    with path.open("a", newline="") as file:  # closed: what is known outlives this process
-        csv.DictWriter(file, COLUMNS[path.name], restval="").writerow(row)
-
-
-def rows_of(path: Path, group: str | None = None) -> list[dict[str, str]]:
-    return [row for row in read(path)[1] if group in (None, row["group"])]
-
-
 def failed(row: dict[str, str]) -> bool:
     """Wrong, or without a result; that softmax attention has none is no fault of ours."""
     if "holds" in row:
@@ -1020,63 +968,19 @@ def failed(row: dict[str, str]) -> bool:
     return bool(text) and not text.startswith("softmax:")
 
 
-def failure(file: str, head: dict, text: str) -> dict:
-    return head | {"failure": text} | ({"holds": "NO"} if file == CHECKS else {})
+def failure(file: str, text: str) -> dict:
+    return {"failure": text} | ({"holds": "NO"} if file == CHECKS else {})
 
 
-def run_group(name: str, args: argparse.Namespace) -> int:
-    """Here. The exit status."""
-    group = GROUPS[name]
-    torch.manual_seed(0)
-    for number, case in enumerate(group.cases(args)):
-        torch.manual_seed(number)
-        if number < args.skip:
-            continue
-        head = {"group": name} | case.head
-        print("  " + ", ".join(map(str, case.head.values())), file=sys.stderr, flush=True)
-        try:
-            row = head | case.run()
-            torch.cuda.synchronize()
-        except Exception as error:
-            row = failure(group.file, head, one_line(error))
-        append(args.out / group.file, row)
-        if failed(row):
-            print(f"    FAILED {row.get('failure', '')}", file=sys.stderr, flush=True)
-        if row.get("failure"):
-            if not usable():
-                return POISONED
-            release()
-    return 0
-
-
-def run_apart(name: str, args: argparse.Namespace, end: float) -> None:
-    """In child processes: after a fault, a new one for what is left."""
-    group, path = GROUPS[name], args.out / GROUPS[name].file
-    end = min(end, time.monotonic() + group.seconds)
-    environment = os.environ | ({} if group.fused else {"DIJIANG_CUDA_FUSED": "0"})
-    for _ in range(1 + FAULTS):
-        done = len(rows_of(path, name))
-        command = [sys.executable, __file__, "--only", name, "--skip", str(done)]
-        command += ["--longest", str(args.longest), "--out", str(args.out)]
-        left = end - time.monotonic()
-        status = None
-        try:
-            if left > 5:
-                status = subprocess.run(command, env=environment, timeout=left).returncode
-        except subprocess.TimeoutExpired:
-            pass
-        if status in (0, WRONG):
-            return
-        if status == POISONED:
-            continue
-        # Killed within a case, or never begun: that case has no row of its own.
-        number = len(rows_of(path, name))
-        text = "out of time" if status is None else f"its process ended with status {status}"
-        first = COLUMNS[group.file][1]
-        append(path, failure(group.file, {"group": name, first: f"case {number}"}, text))
-        if status is None:
-            return
-    append(path, failure(group.file, {"group": name}, "given up after so many faults"))
+SUITE = Suite(
+    script=__file__,
+    columns=COLUMNS,
+    groups=GROUPS,
+    options=lambda args: ["--longest", str(args.longest)],
+    failed=failed,
+    failure=failure,
+    header=lambda: f"{torch.cuda.get_device_name()}, {machine()}",
+)
 
 
 def show(path: Path) -> None:
@@ -1102,7 +1006,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--no-timing", action="store_true", help="correctness alone")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--no-timing", action="store_true", help="correctness alone")
+    parts.add_argument("--only-timing", action="store_true", help="timings alone")
+    parts.add_argument("--smoke", action="store_true", help="a few small cases, for a sanitizer")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest timing")
     parser.add_argument("--seconds", type=float, default=450, help="for all groups together")
     parser.add_argument("--only", choices=GROUPS, help="this group alone, in this process")
@@ -1116,23 +1023,21 @@ def main() -> int:
         )
     # What is compared against must not use tf32 behind its back.
     torch.backends.cuda.matmul.allow_tf32 = False
+    if args.smoke:
+        return smoke()
     if args.only:
-        path = args.out / GROUPS[args.only].file
-        if not path.exists():
-            start(path)
-        before = len(rows_of(path))
-        status = run_group(args.only, args)
-        wrong = any(map(failed, rows_of(path)[before:]))
-        return status or (WRONG if wrong else 0)
+        return SUITE.run_here(args.only, args)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n", flush=True)
-    names = [n for n, g in GROUPS.items() if g.file == CHECKS or not args.no_timing]
+    left_out = {"no_timing": (TIMINGS, FAR_TIMINGS), "only_timing": (CHECKS,)}
+    left_out = [file for name, files in left_out.items() if getattr(args, name) for file in files]
+    names = [name for name, group in GROUPS.items() if group.file not in left_out]
     files = list(dict.fromkeys(args.out / GROUPS[name].file for name in names))
     for path in files:
-        start(path)
+        SUITE.start(path)
     end = time.monotonic() + args.seconds
     for name in names:
         print(name, file=sys.stderr, flush=True)
-        run_apart(name, args, end)
+        SUITE.run_apart(name, args, end)
     for path in files:
         show(path)
     return 1 if summary(files) else 0

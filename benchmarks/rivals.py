@@ -1,6 +1,6 @@
 """Kernels of other packages, compared with where they are installed.
 
-    pip install pytorch-fast-transformers torch-dct
+    pip install pytorch-fast-transformers torch-dct flash-linear-attention
 
 The dijiang package needs neither. What is missing is left out, and the result's CSV says so.
 """
@@ -14,6 +14,8 @@ from importlib import import_module, metadata
 FUNCTIONS = {
     "pytorch-fast-transformers": ("fast_transformers.causal_product", "causal_dot_product"),
     "torch-dct": ("torch_dct", "dct"),
+    "flash-linear-attention": ("fla.ops.linear_attn", "chunk_linear_attn"),
+    "fla-core": ("fla.ops.simple_gla", "chunk_simple_gla"),
 }
 
 
@@ -22,7 +24,7 @@ def find(package: str) -> Callable | None:
     module, name = FUNCTIONS[package]
     try:
         return getattr(import_module(module), name)
-    except ImportError:
+    except Exception:  # without a device, some fail in ways of their own
         return None
 
 
