@@ -355,6 +355,13 @@ def far_problems() -> Iterator[Problem]:
         ("softmax", 64, 64, None, {"trained": True}),
         ("elu", 128, 64, decay, {"trained": True}),
         ("softmax", 80, 40, decay, {"trained": True}),
+        # More features than a tile has, and headdim beyond 128.
+        ("exp", 64, 256, None, {"trained": True}),
+        ("elu", 64, 150, decay, {}),
+        ("exp", 128, 512, None, {}),
+        ("exp", 64, 150, decay, {"grows": True}),
+        ("exp", 256, 256, None, {}),
+        ("softmax", 256, 64, None, {"trained": True}),
     ):
         suffix = "".join(
             [", decay"] * (log_decay is not None)
@@ -418,6 +425,9 @@ def mixed_problems() -> Iterator[Problem]:
         ("softmax", 64, 64, (64, 4), {"trained": True}),
         ("exp", 128, 128, (64, 4, 64), {"trained": True, "log_decay": decay}),
         ("softmax", 80, 80, (64, 4), {"trained": True, "log_decay": decay}),
+        ("exp", 64, 256, (64, 4, 64), {"trained": True}),
+        ("elu", 128, 150, (64, 4), {"log_decay": decay}),
+        ("exp", 256, 256, (64, 4, 64), {}),
     ):
         suffix = "".join(f", {name}" for name in options)
         sizes = f"{kind}, {dim} x {features}"

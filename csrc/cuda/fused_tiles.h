@@ -173,10 +173,9 @@ __device__ inline float exp2_moderate(float x, float shift) {
   return multiply_flushed(fast_exp2(x - __fadd_rn(whole, -kWholes)), power_of_wholes(e));
 }
 
-// x[t][e] becomes 2^(x + shift(t, e)), in either way; t and e may be no constants, so that
-// what lies in registers must not be taken by them as an index. kBounded:
-// exponents are known not to exceed kMost. kEmpties: a shift of -kEmpty is moderate, too, as it
-// stands beside exponents of kEmpty or less.
+// x[t][e] becomes 2^(x + shift(t, e)), in either way; t and e may be no constants: no index of what
+// lies in registers. kBounded: exponents are known not to exceed kMost. kEmpties: a shift of -kEmpty
+// is moderate, too, as it stands beside exponents of kEmpty or less.
 template <int kMost, bool kBounded, bool kEmpties, int kTiles, class Shift>
 __device__ __forceinline__ void exp2_tiles(float (&x)[kTiles][4], bool moderate,
                                            const Shift& shift) {
