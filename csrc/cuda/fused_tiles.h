@@ -174,8 +174,8 @@ __device__ inline float exp2_moderate(float x, float shift) {
 }
 
 // x[t][e] becomes 2^(x + shift(t, e)), in either way; t and e may be no constants: no index of what
-// lies in registers. kBounded: exponents are known not to exceed kMost. kEmpties: a shift of -kEmpty
-// is moderate, too, as it stands beside exponents of kEmpty or less.
+// lies in registers. kBounded: exponents are known not to exceed kMost. kEmpties: a shift of
+// -kEmpty is moderate, too, as it stands beside exponents of kEmpty or less.
 template <int kMost, bool kBounded, bool kEmpties, int kTiles, class Shift>
 __device__ __forceinline__ void exp2_tiles(float (&x)[kTiles][4], bool moderate,
                                            const Shift& shift) {
