@@ -34,3 +34,8 @@ add_library(dijiang_cuda_flags INTERFACE)
 # --threads: the architectures of a file are compiled side by side.
 target_compile_options(dijiang_cuda_flags INTERFACE
   "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr;-Xptxas=-warn-spills;--threads=2>")
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)  # whose drivers all know it
+  # A fifth of the size: 17 MB for 89.
+  target_compile_options(dijiang_cuda_flags INTERFACE
+    "$<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>")
+endif()

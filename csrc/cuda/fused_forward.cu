@@ -188,7 +188,11 @@ cudaError_t fused_forward(const LinearAttentionParams& params, void* workspace,
   FusedAttention f = plan_fused(params, arena);
   plan_sums(f, arena);
   if (f.attention.params.num_seqs == 0) return cudaSuccess;
-  with_fused_shape(params, [&](auto shape) { launch<decltype(shape)>(f, stream); });
+  with_fused_shape(params, [&](auto shape) {
+    using Shape = decltype(shape);
+    constexpr int kMost = 227 * 1024;  // that a block of any device has: float16 of 256 never fits
+    if constexpr (FusedShared<Shape, true>::bytes(1) <= kMost) launch<Shape>(f, stream);
+  });
   return cudaGetLastError();
 }
 

@@ -83,7 +83,7 @@ __device__ inline void update_features(const LinearAttentionParams& p, const Fea
   const auto* log_weight = static_cast<const float*>(feature.log_weight);
   const auto* beta = static_cast<const float*>(feature.beta);
   const float scale = sqrtf(static_cast<float>(p.scale)) * kLog2e;
-  float norm[kRowsMost];
+  float norm[kRowsMost] = {};
   if (beta) {  // every warp for itself
     for (int r = 0; r < rows; ++r) {
       float sum = 0.0f;

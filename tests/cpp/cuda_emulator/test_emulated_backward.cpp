@@ -5,7 +5,6 @@
 #include <string>
 
 #include "emulated_gradients.h"
-#include "emulated_kernels.h"
 
 namespace {
 

@@ -9,8 +9,9 @@
 #include <random>
 #include <string>
 
+#include "cuda/fused_choice.h"
+#include "cuda/hard_key_choice.h"
 #include "emulated_device.h"
-#include "emulated_kernels.h"
 
 namespace {
 

@@ -6,9 +6,9 @@
 #include <functional>
 #include <string>
 
+#include "cuda/fused_far_backward.h"
 #include "emulated_device.h"
 #include "emulated_gradients.h"
-#include "emulated_kernels.h"
 
 namespace {
 

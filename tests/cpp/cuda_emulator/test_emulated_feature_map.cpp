@@ -2,7 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "../feature_map_case.h"
-#include "cuda/feature_map.cu"
+#include "dijiang/core/feature_map_cuda.h"
 
 namespace dijiang::testing {
 namespace {

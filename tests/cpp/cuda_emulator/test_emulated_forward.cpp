@@ -4,9 +4,7 @@
 #include <array>
 #include <string>
 
-#include "cuda/linear_attention_update.cu"
 #include "emulated_attention.h"
-#include "emulated_kernels.h"
 
 namespace {
 

@@ -5,8 +5,10 @@
 #include <array>
 #include <string>
 
+#include "cuda/fused_forward.h"
+#include "cuda/fused_tiles.h"
+#include "cuda/mma_sync.h"
 #include "emulated_device.h"
-#include "emulated_kernels.h"
 
 namespace {
 

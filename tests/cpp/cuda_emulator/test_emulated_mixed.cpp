@@ -6,8 +6,8 @@
 #include <functional>
 #include <string>
 
+#include "cuda/fused_mixed.h"
 #include "emulated_device.h"
-#include "emulated_kernels.h"
 
 namespace {
 

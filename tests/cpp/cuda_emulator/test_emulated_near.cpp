@@ -6,8 +6,8 @@
 #include <functional>
 #include <string>
 
+#include "cuda/fused_near.h"
 #include "emulated_attention.h"
-#include "emulated_kernels.h"
 
 namespace {
 

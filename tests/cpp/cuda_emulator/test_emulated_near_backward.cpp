@@ -7,9 +7,9 @@
 #include <functional>
 #include <string>
 
+#include "cuda/fused_near_backward.h"
 #include "emulated_device.h"
 #include "emulated_gradients.h"
-#include "emulated_kernels.h"
 
 namespace {
 
