@@ -174,7 +174,7 @@ struct MixedRows : NearRows<Shape> {
     const auto slices = empty ? 0 : static_cast<int>(feature_slices(a.params, kM));
     DIJIANG_UNROLL(1)
     for (int slice = 0; slice < slices; ++slice) {
-      __syncthreads();  // nobody reads the stages, or the last slice, any more
+      __syncthreads();       // nobody reads the stages, or the last slice, any more
       lane = unknown(lane);  // else addresses of all slices' fragments leave the loop, and spill
       load_far(slice);
       wait_copies();
