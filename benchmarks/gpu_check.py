@@ -312,17 +312,18 @@ def map_problems() -> Iterator[Problem]:
             partial(reference.dct, type=kind),
             lambda dtype, n=n: [torch.randn(2, 3, 50, n, device=DEVICE, dtype=dtype)],
         )
-    for kind in ("exp", "softmax", "elu"):
-        params = of_map(3, 96, 64, kind)
+    sizes = ((96, 64), (256, 128), (64, 256), (60, 20))  # the last is of no whole pieces
+    for kind, (features, dim) in itertools.product(("exp", "softmax", "elu"), sizes):
+        params = of_map(3, features, dim, kind)
 
-        def inputs(dtype, params=params):
-            return [torch.randn(2, 3, 50, 64, device=DEVICE, dtype=dtype), *trainable(params)]
+        def inputs(dtype, params=params, dim=dim):
+            return [torch.randn(2, 3, 50, dim, device=DEVICE, dtype=dtype), *trainable(params)]
 
         def call(function, x, *more, params=params):
             return function(x, with_tensors(params, more), scale=0.125)
 
         yield Problem(
-            f"feature_map {kind}, trained",
+            f"feature_map {kind}, {dim} x {features}, trained",
             partial(call, dijiang.ops.feature_map),
             partial(call, reference.feature_map),
             inputs,

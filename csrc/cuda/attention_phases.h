@@ -68,6 +68,15 @@ static __global__ void __launch_bounds__(32) sum_levels(Attention a) {
 
 // --- features ------------------------------------------------------------------------------------
 
+// What is written of log2 phi: itself, or what feature_map gives.
+enum class FeatureForm { kExponent, kLog, kValue };
+
+template <class T>
+__device__ inline float in_form(float exponent, FeatureForm form) {
+  if (form == FeatureForm::kExponent) return exponent;
+  return finite<T>(form == FeatureForm::kLog ? exponent * kLn2 : exp2f(exponent));
+}
+
 struct FeatureRows {
   ConstView x;
   FeatureParams feature;
@@ -78,6 +87,7 @@ struct FeatureRows {
   FeatureKind kind;
   float* out;         // (batch, heads, seqlen, features)
   int64_t out_batch;  // rows from batch to batch of it; 0: as many as there are
+  FeatureForm form;
 };
 
 constexpr int kFeatureShared = (2 * kDepthTile + kSquareTile + kRows) * sizeof(float);
@@ -109,6 +119,7 @@ __global__ void __launch_bounds__(kThreads) compute_features(FeatureRows f) {
   const auto* log_weight = static_cast<const float*>(f.feature.log_weight);
   const auto* beta = static_cast<const float*>(f.feature.beta);
   const float square = beta ? beta[head] * f.square_scale : 0.0f;
+  const bool normalises = f.kind == FeatureKind::kSoftmax;
   for (int64_t i0 = 0; i0 < f.features; i0 += kRows) {
     TileProduct<T> product;
     float norm = 0.0f;
@@ -146,12 +157,13 @@ __global__ void __launch_bounds__(kThreads) compute_features(FeatureRows f) {
       } else if (f.kind == FeatureKind::kElu) {
         y = (u > 0.0f ? log1pf(u * kLn2) * kLog2e : u) + weight;
       }
-      out[r * f.features + i0 + i] = y;
+      out[r * f.features + i0 + i] =
+          in_form<float>(y, normalises ? FeatureForm::kExponent : f.form);
     }
     __syncthreads();
   }
 
-  if (f.kind != FeatureKind::kSoftmax) return;
+  if (!normalises) return;
   for (int r = tid / 32; r < rows; r += kThreads / 32) {
     float* row = out + r * f.features;
     float top = kEmpty, sum = 0.0f;
@@ -161,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) compute_features(FeatureRows f) {
     sum = warp_sum(sum);
     for (int64_t i = tid % 32; i < f.features; i += 32) {
       const float weight = log_weight ? log_weight[head * f.features + i] * kLog2e : 0.0f;
-      row[i] = (row[i] - top) - log2f(sum) + weight;
+      row[i] = in_form<float>((row[i] - top) - log2f(sum) + weight, f.form);
     }
   }
 }

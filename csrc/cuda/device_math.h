@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "dijiang/core/types.h"
 
@@ -33,6 +35,15 @@ __device__ inline __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// Brought inside the finite range of T; NaN stays.
+template <class T>
+__device__ inline float finite(float x) {
+  constexpr float kLargest = std::is_same_v<T, float>    ? 3.402823466e38f
+                             : std::is_same_v<T, __half> ? 65504.0f
+                                                         : 3.3895313892515355e38f;
+  x = x > kLargest ? kLargest : x;
+  return x < -kLargest ? -kLargest : x;
+}
 // x, of which the compiler knows nothing any more: what depends on it stays where it stands.
 __device__ inline int unknown(int x) {
   asm volatile("" : "+r"(x));

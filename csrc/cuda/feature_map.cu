@@ -5,21 +5,14 @@
 #include <type_traits>
 
 #include "cuda/attention_phases.h"
+#include "cuda/fused_feature_map.h"
 
 namespace dijiang::cuda {
 namespace {
 
-template <class T>
-constexpr float kLargestFinite = 3.402823466e38f;
-template <>
-constexpr float kLargestFinite<__nv_bfloat16> = 3.3895313892515355e38f;
-template <>
-constexpr float kLargestFinite<__half> = 65504.0f;
-
 constexpr int kWarpsPerBlock = kThreads / 32;
 
-template <class T>
-void launch_exponents(const FeatureMapParams& p, float* out, cudaStream_t stream) {
+FeatureRows feature_rows(const FeatureMapParams& p, FeatureForm form, float* out) {
   FeatureRows f{};
   f.x = p.x;
   f.feature = p.feature;
@@ -32,24 +25,20 @@ void launch_exponents(const FeatureMapParams& p, float* out, cudaStream_t stream
   f.square_scale = static_cast<float>(p.scale) * kLog2e;
   f.kind = p.kind;
   f.out = out;
-  const int64_t blocks = ceil_div(p.seqlen, kRows) * p.num_heads * p.batch;
-  DIJIANG_LAUNCH((compute_features<T>), static_cast<unsigned>(blocks), kThreads, kFeatureShared,
-                 stream, f);
+  f.form = form;
+  return f;
 }
 
 // --- forward -------------------------------------------------------------------------------------
 
-// log2 phi -> phi or log phi, inside the finite range of T; NaN stays.
+// log2 phi -> phi or log phi.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    finish_features(const float* exponents, T* out, int64_t count, bool log) {
+    finish_features(const float* exponents, T* out, int64_t count, FeatureForm form) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += stride) {
-    float y = log ? exponents[i] * kLn2 : exp2f(exponents[i]);
-    y = y > kLargestFinite<T> ? kLargestFinite<T> : y;
-    y = y < -kLargestFinite<T> ? -kLargestFinite<T> : y;
-    out[i] = from_float<T>(y);
+    out[i] = from_float<T>(in_form<T>(exponents[i], form));
   }
 }
 
@@ -64,13 +53,19 @@ unsigned elementwise_grid(int64_t count) {
 
 template <class T>
 cudaError_t forward(const FeatureMapParams& p, void* workspace, cudaStream_t stream) {
-  // A float output holds its own exponents.
-  auto* exponents = static_cast<float*>(std::is_same_v<T, float> ? p.out : workspace);
-  launch_exponents<T>(p, exponents, stream);
-  const int64_t count = num_features_out(p);
-  DIJIANG_LAUNCH((finish_features<T>), elementwise_grid(count), kThreads, 0, stream, exponents,
-                 static_cast<T*>(p.out), count, p.log);
-  return cudaGetLastError();
+  const FeatureForm form = p.log ? FeatureForm::kLog : FeatureForm::kValue;
+  if constexpr (std::is_same_v<T, float>) {
+    launch_features<T>(feature_rows(p, form, static_cast<float*>(p.out)), stream);
+  } else if (fused_feature_map_applies(p)) {
+    return fused_feature_map(p, stream);
+  } else {
+    auto* exponents = static_cast<float*>(workspace);
+    launch_features<T>(feature_rows(p, FeatureForm::kExponent, exponents), stream);
+    const int64_t count = num_features_out(p);
+    DIJIANG_LAUNCH((finish_features<T>), elementwise_grid(count), kThreads, 0, stream, exponents,
+                   static_cast<T*>(p.out), count, form);
+  }
+  return launch_status();
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -292,7 +287,9 @@ cudaError_t backward(const Backward& b, cudaStream_t stream) {
   const int64_t m = p.num_features, d = p.headdim;
   const auto heads = static_cast<unsigned>(p.num_heads), parts = static_cast<unsigned>(b.parts);
   constexpr int shared = (2 * kDepthTile + kSquareTile) * sizeof(float);
-  if (p.kind != FeatureKind::kExp) launch_exponents<T>(p, b.grad, stream);
+  if (p.kind != FeatureKind::kExp) {
+    launch_features<T>(feature_rows(p, FeatureForm::kExponent, b.grad), stream);
+  }
   const auto row_blocks = static_cast<unsigned>(ceil_div(b.rows, kWarpsPerBlock));
   DIJIANG_LAUNCH((compute_gradients<T>), dim3(row_blocks, heads), kThreads, 0, stream, b);
   const dim3 tiles(static_cast<unsigned>(ceil_div(b.rows, kRows)), heads,
@@ -333,7 +330,8 @@ cudaError_t zero_gradients(const FeatureMapBackwardParams& params, cudaStream_t 
 }  // namespace
 
 size_t feature_map_forward_workspace(const FeatureMapParams& params) {
-  return params.dtype == DType::kFloat32 ? 0 : num_features_out(params) * sizeof(float);
+  if (params.dtype == DType::kFloat32 || fused_feature_map_applies(params)) return 0;
+  return num_features_out(params) * sizeof(float);
 }
 
 cudaError_t feature_map_forward(const FeatureMapParams& params, void* workspace,

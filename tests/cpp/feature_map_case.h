@@ -39,7 +39,8 @@ struct FeatureMapCase {
   int64_t batch = 2, heads = 3, seqlen = 131, d = 19, m = 37;
   double scale = 0.35;
   bool has_weight = true, has_beta = true;
-  double size = 1.0;  // of x
+  double size = 1.0;   // of x
+  bool dense = false;  // x as (batch, seqlen + 1, heads, d) in memory, else no stride is the usual
 
   std::string name() const {
     return "kind " + std::to_string(int(kind)) + (log ? " log" : "") + " m " + std::to_string(m) +
@@ -95,7 +96,7 @@ struct FeatureMapResult {
   Array out, grad_x, grad_omega, grad_log_weight, grad_beta;
 };
 
-// x lies in memory as (seqlen + 1, d, heads, batch), so that no stride is the usual one.
+// x lies in memory as (seqlen + 1, d, heads, batch) unless the case says otherwise.
 inline FeatureMapResult run_feature_map(const FeatureMapCase& c, const FeatureMapValues& v,
                                         DType dtype, const FeatureMapKernels& kernels) {
   FeatureMapParams p;
@@ -103,7 +104,8 @@ inline FeatureMapResult run_feature_map(const FeatureMapCase& c, const FeatureMa
   p.x.stride_head = c.batch;
   p.x.stride_dim = c.batch * c.heads;
   p.x.stride_seq = c.d * p.x.stride_dim;
-  Array strided((c.seqlen + 1) * p.x.stride_seq);
+  if (c.dense) p.x = {nullptr, (c.seqlen + 1) * c.heads * c.d, c.d, c.heads * c.d, 1};
+  Array strided((c.seqlen + 1) * c.batch * c.heads * c.d);
   for (int64_t i = 0; i < int64_t(v.x.size()); ++i) {
     const int64_t j = i % c.d, t = i / c.d % c.seqlen, h = i / c.d / c.seqlen % c.heads,
                   b = i / c.d / c.seqlen / c.heads;
