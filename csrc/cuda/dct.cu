@@ -104,23 +104,25 @@ cudaError_t dct_by_cufft(const DctParams& params, void* workspace, cudaStream_t 
 
 template <class T>
 cudaError_t run(const DctParams& params, void* workspace, cudaStream_t stream) {
-  if (dct_uses_cufft(params.n)) {
+  const DctRows p = dct_rows(params);
+  if (dct_uses_cufft(p)) {
     return params.type == 2 ? dct_by_cufft<T, 2>(params, workspace, stream)
                             : dct_by_cufft<T, 3>(params, workspace, stream);
   }
   if (params.type == 2) {
-    launch_dct<T, 2>(dct_rows(params), stream);
+    launch_dct<T, 2>(p, stream);
   } else {
-    launch_dct<T, 3>(dct_rows(params), stream);
+    launch_dct<T, 3>(p, stream);
   }
-  return cudaGetLastError();
+  return launch_status();
 }
 
 }  // namespace
 
 // 0 where a workspace is needed but cuFFT cannot say how large: dct refuses a null one.
 size_t dct_workspace(const DctParams& params) {
-  if (params.batch * params.heads * params.seqlen == 0 || !dct_uses_cufft(params.n)) return 0;
+  if (params.batch * params.heads * params.seqlen == 0 || !dct_uses_cufft(dct_rows(params)))
+    return 0;
   const int64_t rows = rows_per_call(params);
   PlanCache& cache = plan_cache();
   const std::lock_guard<std::mutex> lock(cache.mutex);

@@ -41,17 +41,6 @@ inline bool state_begins_at_pieces(const AttentionState& state) {
   return true;
 }
 
-// Of the current device; 0 when it cannot be asked.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
-  return value;
-}
-
-// Asynchronous copies and products of 16-bit fragments.
-inline bool device_is_sm80() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
-
 // Whole pieces of 16 bytes in every row.
 inline bool sizes_are_pieces(const LinearAttentionParams& p) {
   return p.headdim > 0 && p.headdim % 8 == 0 && p.headdim_v > 0 && p.headdim_v % 8 == 0;

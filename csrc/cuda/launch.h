@@ -46,6 +46,17 @@ inline cudaError_t launch_status() {
 
 inline unsigned grid_size(int64_t x) { return static_cast<unsigned>(x); }
 
+// Of the current device; 0 when it cannot be asked.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  return value;
+}
+
+// Asynchronous copies and products of 16-bit fragments.
+inline bool device_is_sm80() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
+
 // Zeroes `count` elements of a buffer that may be null.
 template <class X>
 void zero(X* buffer, int64_t count, cudaStream_t stream) {

@@ -17,19 +17,19 @@ using dijiang::testing::dct_definition;
 using dijiang::testing::relative_error;
 using emulated::Traits;
 
-// Rows whose elements are `stride` apart, of a batch of two heads.
+// Rows whose elements are `stride` apart, `gap` more behind each, of a batch of two heads.
 template <class T>
 struct Problem {
-  int64_t n, heads = 2, seqlen, stride;
+  int64_t n, heads = 2, seqlen, stride, gap;
   std::vector<T> memory, out;
   std::vector<double> x;
   DctParams params;
 
-  Problem(int64_t n_, int64_t seqlen_, int type, int64_t stride_ = 1)
-      : n(n_), seqlen(seqlen_), stride(stride_) {
+  Problem(int64_t n_, int64_t seqlen_, int type, int64_t stride_ = 1, int64_t gap_ = 3)
+      : n(n_), seqlen(seqlen_), stride(stride_), gap(gap_) {
     std::mt19937 generator(7);
     std::normal_distribution<double> normal;
-    const int64_t row = n * stride + 3;
+    const int64_t row = n * stride + gap;
     for (int64_t i = 0; i < heads * seqlen * row; ++i) {
       memory.push_back(Traits<T>::narrow(normal(generator)));
     }
@@ -61,10 +61,10 @@ void launch(const DctParams& p) {
 
 template <class T>
 void check_one_launch(double tolerance) {
-  for (int64_t n : {1, 2, 3, 4, 7, 8, 16, 24, 31, 32, 64, 128, 256, 1024, 2048}) {
+  for (int64_t n : {1, 2, 3, 4, 7, 8, 16, 24, 31, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}) {
     for (int type : {2, 3}) {
-      Problem<T> problem(n, n < 64 ? 45 : 5, type, n % 3 ? 1 : 2);
-      ASSERT_FALSE(dijiang::cuda::dct_uses_cufft(n));
+      Problem<T> problem(n, n < 64 ? 45 : n < 2048 ? 5 : 1, type, n % 3 ? 1 : 2);
+      ASSERT_FALSE(dijiang::cuda::dct_uses_cufft(dijiang::cuda::dct_rows(problem.params)));
       launch<T>(problem.params);
       EXPECT_LT(problem.error(), tolerance) << "n = " << n << ", type " << type;
     }
@@ -75,11 +75,112 @@ TEST(EmulatedDct, Float) { check_one_launch<float>(3e-7); }
 TEST(EmulatedDct, BFloat16) { check_one_launch<__nv_bfloat16>(0x1p-9); }
 TEST(EmulatedDct, Half) { check_one_launch<__half>(0x1p-12); }
 
-// More rows than one block takes: the last tile is ragged.
+// The same in another order of threads; `kernel` is what ran.
+template <class T>
+void check(Problem<T> problem, double tolerance, const char* kernel) {
+  emulated::forget_kernels();
+  emulated::expect_same_in_any_order([&] {
+    problem.out.assign(problem.out.size(), Traits<T>::narrow(NAN));
+    launch<T>(problem.params);
+    return emulated::widen(problem.out);
+  });
+  EXPECT_TRUE(emulated::ran(kernel)) << problem.n;
+  EXPECT_EQ(cuda_emulator::settings().bank_conflicts, 0);
+  EXPECT_LT(problem.error(), tolerance) << "n = " << problem.n << ", type " << problem.params.type;
+}
+
+// Rows that four elements are read of at a time.
+TEST(EmulatedDct, Quads) {
+  for (int64_t n : {16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}) {
+    for (int type : {2, 3}) {
+      const int64_t seqlen = n < 512 ? 70 : 2;
+      check(Problem<float>(n, seqlen, type, 1, 4), 3e-7, "dct_in_registers");
+      if (n < 256) continue;
+      check(Problem<__nv_bfloat16>(n, seqlen, type, 1, 0), 0x1p-9, "dct_in_registers");
+      check(Problem<__half>(n, seqlen, type, 1, 4), 0x1p-12, "dct_in_registers");
+    }
+  }
+}
+
+TEST(EmulatedDct, Products) {
+  for (int64_t n : {16, 24, 40, 64, 80, 96, 128}) {
+    for (int type : {2, 3}) {
+      check(Problem<__nv_bfloat16>(n, n == 64 ? 600 : 23, type, 1, 8), 0x1p-9, "dct_products");
+      check(Problem<__half>(n, n == 80 ? 1 : 16, type, 1, 0), 0x1p-12, "dct_products");
+    }
+  }
+}
+
+// What 16 lanes write or read at once, 8 bytes each, lies in different banks.
+template <int kLog>
+void check_banks() {
+  using Plan = dijiang::cuda::DctPlan<kLog>;
+  const auto conflicts = [](const auto& place) {
+    int count = 0;
+    for (int first = 0; first < Plan::kRowThreads; first += 16) {
+      unsigned banks = 0;
+      for (int j = first; j < first + 16; ++j) {
+        banks |= 1u << dijiang::cuda::dct_place(place(j)) % 16;
+      }
+      count += banks != 0xFFFF;
+    }
+    return count;
+  };
+  for (int i = 0; i < 8; ++i) {
+    EXPECT_EQ(conflicts([&](int j) { return j + i * Plan::kRowThreads; }), 0);
+    for (int pass = 0; pass + 1 < Plan::kPasses; ++pass) {
+      const int length = Plan::length(pass);
+      EXPECT_EQ(conflicts([&](int j) {
+                  const int k = j % length;
+                  return (j - k) * 8 + k + i * length;
+                }),
+                0)
+          << "n " << Plan::n << ", pass " << pass << ", number " << i;
+    }
+  }
+}
+
+TEST(EmulatedDct, Banks) {
+  check_banks<8>();
+  check_banks<9>();
+  check_banks<10>();
+  check_banks<11>();
+  check_banks<12>();
+  check_banks<13>();
+}
+
+// Rows that no block takes at once, and the last tile is ragged.
 TEST(EmulatedDct, ManyTiles) {
-  Problem<float> problem(64, 300, 2);
+  Problem<float> problem(64, 1300, 2);
   launch<float>(problem.params);
   EXPECT_LT(problem.error(), 3e-7);
+}
+
+// Dimensions that lie behind one another become one; others stay.
+TEST(EmulatedDct, Dimensions) {
+  const auto joined = [](int64_t batch, int64_t heads, int64_t seqlen, dijiang::ConstView x) {
+    DctParams p;
+    p.n = 16;
+    p.batch = batch;
+    p.heads = heads;
+    p.seqlen = seqlen;
+    p.x = x;
+    const auto rows = dijiang::cuda::dct_rows(p);
+    for (int64_t row = 0; row < batch * heads * seqlen; ++row) {
+      const int64_t t = row % seqlen, h = row / seqlen % heads, b = row / seqlen / heads;
+      const int64_t want = b * x.stride_batch + h * x.stride_head + t * x.stride_seq;
+      EXPECT_EQ(rows.offset(row), want) << row;
+      EXPECT_EQ(rows.offset_of(unsigned(row)), want) << row;
+    }
+    return rows.rows / rows.seqlen;
+  };
+  EXPECT_EQ(joined(2, 3, 5, {nullptr, 240, 80, 16, 1}), 1);
+  EXPECT_EQ(joined(2, 3, 5, {nullptr, 240, 16, 48, 1}), 6);  // heads inside
+  EXPECT_EQ(joined(2, 3, 5, {nullptr, 400, 80, 16, 1}), 2);
+  EXPECT_EQ(joined(2, 3, 1, {nullptr, 48, 16, 7, 1}), 1);
+  EXPECT_EQ(joined(2, 1, 5, {nullptr, 80, 7, 16, 1}), 1);
+  EXPECT_EQ(joined(1, 3, 5, {nullptr, 7, 16, 48, 1}), 3);
+  EXPECT_EQ(joined(2, 3, 5, {nullptr, 0, 0, 16, 1}), 6);  // expanded
 }
 
 // Stands in for cuFFT: what CUFFT_R2C and CUFFT_C2R compute.
@@ -112,6 +213,7 @@ template <int kType>
 void check_around_cufft(int64_t n) {
   Problem<float> problem(n, 5, kType);
   const auto rows = dijiang::cuda::dct_rows(problem.params);
+  ASSERT_TRUE(dijiang::cuda::dct_uses_cufft(rows));
   std::vector<float> real(7 * n);
   std::vector<float2> spectrum(7 * (n / 2 + 1));
   for (int64_t first = 0; first < rows.rows; first += 7) {
@@ -126,11 +228,9 @@ void check_around_cufft(int64_t n) {
 
 TEST(EmulatedDct, AroundCufft) {
   for (int64_t n : {33, 80, 96, 127}) {
-    ASSERT_TRUE(dijiang::cuda::dct_uses_cufft(n));
     check_around_cufft<2>(n);
     check_around_cufft<3>(n);
   }
-  EXPECT_TRUE(dijiang::cuda::dct_uses_cufft(4096));
 }
 
 }  // namespace
