@@ -305,7 +305,7 @@ def linear_problem(log_decay: Tensor | None, suffix: str) -> Problem:
 
 
 def map_problems() -> Iterator[Problem]:
-    for n, kind in itertools.product((64, 96, 4096), (2, 3)):
+    for n, kind in itertools.product((8, 64, 96, 256, 1000, 2048, 8192), (2, 3)):
         yield Problem(
             f"dct type {kind}, n {n}",
             partial(dijiang.ops.dct, type=kind),
