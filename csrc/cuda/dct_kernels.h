@@ -27,7 +27,9 @@ __global__ void __launch_bounds__(kDctThreads) dct_dense(DctRows p) {
   const auto* x = static_cast<const T*>(p.x.data);
   auto* out = static_cast<T*>(p.out);
   for (int e = threadIdx.x; e < n * n; e += kDctThreads) {
-    matrix[e] = dct_element<kType>(n, e / n, e % n);
+    const int from = e / n, to = e % n;
+    const int k = kType == 2 ? to : from, i = kType == 2 ? from : to;
+    matrix[e] = dct_scale(k, n) * cospif(static_cast<float>((2 * i + 1) * k % (4 * n)) / (2 * n));
   }
   const int r = threadIdx.x / n, c = threadIdx.x % n;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kDctTilesPerBlock * tile_rows;

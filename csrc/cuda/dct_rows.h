@@ -1,4 +1,4 @@
-// Rows that a DCT takes, and its elements.
+// Rows that a DCT takes.
 #pragma once
 
 #include "cuda/device_math.h"
@@ -61,13 +61,6 @@ inline DctRows dct_rows(const DctParams& p) {
 }
 
 __device__ inline float dct_scale(int k, int n) { return sqrtf((k > 0 ? 2.0f : 1.0f) / n); }
-
-// What element `from` of a row counts in element `to` of its transform.
-template <int kType>
-__device__ inline float dct_element(int n, int from, int to) {
-  const int k = kType == 2 ? to : from, i = kType == 2 ? from : to;
-  return dct_scale(k, n) * cospif(static_cast<float>((2 * i + 1) * k % (4 * n)) / (2 * n));
-}
 
 // (cos, sin) of pi x.
 __device__ inline float2 turn(float x) {
