@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <complex>
 #include <random>
 
@@ -95,8 +96,9 @@ TEST(EmulatedDct, Quads) {
     for (int type : {2, 3}) {
       const int64_t seqlen = n < 512 ? 70 : 2;
       check(Problem<float>(n, seqlen, type, 1, 4), 3e-7, "dct_in_registers");
-      if (n < 256) continue;
-      check(Problem<__nv_bfloat16>(n, seqlen, type, 1, 0), 0x1p-9, "dct_in_registers");
+      // Up to 128 in whole pieces of 16 bytes it would be a product.
+      const int64_t gap = n < 256 ? 4 : 0;
+      check(Problem<__nv_bfloat16>(n, seqlen, type, 1, gap), 0x1p-9, "dct_in_registers");
       check(Problem<__half>(n, seqlen, type, 1, 4), 0x1p-12, "dct_in_registers");
     }
   }
@@ -109,6 +111,26 @@ TEST(EmulatedDct, Products) {
       check(Problem<__half>(n, n == 80 ? 1 : 16, type, 1, 0), 0x1p-12, "dct_products");
     }
   }
+}
+
+// An access of four or eight elements at a place that is no multiple of its size is a fault.
+TEST(EmulatedDct, WhatLiesTogether) {
+  const auto rows = [](int64_t stride, int64_t gap, int64_t shift = 0) {
+    Problem<__half> problem(64, 2, 2, stride, gap);
+    problem.params.x.data = problem.memory.data() + shift;
+    const auto r = dijiang::cuda::dct_rows(problem.params);
+    return std::array<bool, 2>{r.quads, r.products};
+  };
+  using Both = std::array<bool, 2>;
+  EXPECT_EQ(rows(1, 8), (Both{true, true}));
+  EXPECT_EQ(rows(1, 4), (Both{true, false}));
+  EXPECT_EQ(rows(1, 2), (Both{false, false}));
+  EXPECT_EQ(rows(2, 8), (Both{false, false}));
+  EXPECT_EQ(rows(1, 8, 4), (Both{true, false}));
+  EXPECT_EQ(rows(1, 8, 2), (Both{false, false}));
+  Problem<__half> problem(64, 2, 2, 1, 8);
+  problem.params.out = problem.out.data() + 2;
+  EXPECT_FALSE(dijiang::cuda::dct_rows(problem.params).quads);
 }
 
 // What 16 lanes write or read at once, 8 bytes each, lies in different banks.
