@@ -102,7 +102,7 @@ TEST(EmulatedFeatureMap, FusedSizes) {
   for (int multiprocessors : {1, 100}) {  // many pieces a warp, or one
     const emulated::Device device(multiprocessors);
     for (const auto& [d, m] : std::vector<std::array<int64_t, 2>>{
-             {8, 8}, {32, 72}, {80, 160}, {128, 128}, {136, 64}, {256, 264}, {64, 512}}) {
+             {8, 8}, {32, 72}, {80, 160}, {128, 128}, {136, 64}, {256, 264}, {64, 320}}) {
       FeatureMapCase c = dense(d, m);
       c.seqlen = d == 32 ? 1 : d == 80 ? 16 : 75;
       check_fused(c);
