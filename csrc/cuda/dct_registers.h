@@ -33,6 +33,10 @@ struct DctPlan {
   // roots, half of sqrt(2 / n) times the turns by pi k / 2n, k <= m / 2, and turns by 2 pi k / n.
   static constexpr int turns = kRoots, halves = turns + m / 2 + 1;
   static constexpr int kNumberBytes = kRows * m * 8;
+  // What the places of row r are put together with: rows of few threads in different banks, too.
+  static __host__ __device__ constexpr int row(int r) {
+    return r * m ^ (r * kRowThreads & (m < 16 ? m - 1 : 15));
+  }
   static constexpr int kBytes = kNumberBytes + (halves + m / 2 + 1) * 8;
 };
 
@@ -100,7 +104,7 @@ struct DctRow {
       : raw(shared),
         tables(reinterpret_cast<const float2*>(shared + Plan::kNumberBytes)),
         j(threadIdx.x % kStep),
-        row(threadIdx.x / kStep * m * 8),
+        row(Plan::row(threadIdx.x / kStep) * 8),
         mine(row ^ 8 * dct_place(j)),
         stride(p.x.stride_dim),
         quads(p.quads) {}
